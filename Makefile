@@ -1,0 +1,60 @@
+# make demo    set up, then train, evaluate and look at a small PANet on the embedded data set
+# make test    set up, then run the linter and the test suite
+# make setup   only set up: .venv with everything in it
+# make lint    only the linter
+# make clean   remove .venv and what the demo wrote
+#
+# PYTHON=python3.11       the Python that .venv is made with
+# VENV=/path/to/env       use this virtual environment instead of .venv
+# DETECTRON2=REQUIREMENT  install Detectron2 from this pip requirement, for instance
+#                         git+https://github.com/facebookresearch/detectron2.git
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+DETECTRON2 ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.panet_d2-installed
+DEMO := output/demo
+
+.PHONY: demo test setup lint clean
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# An importable Detectron2 is left alone, unless another one is asked for.
+$(STAMP): setup.py $(wildcard requirements/*.txt) | $(BIN)/python
+	$(PIP) install -q -c requirements/constraints.txt -r requirements/detectron2-deps.txt -e '.[dev]'
+	@if [ -n "$(DETECTRON2)" ]; then \
+		echo "Installing Detectron2 from $(DETECTRON2)"; \
+		$(PIP) install -q --no-build-isolation -c requirements/constraints.txt "$(DETECTRON2)"; \
+	elif ! $(BIN)/python -c 'import detectron2' 2>/dev/null; then \
+		echo "Installing Detectron2"; \
+		$(PIP) install -q --no-deps --require-hashes --only-binary=:all: --python-version 3.10 \
+			--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+			-r requirements/detectron2.txt; \
+	fi
+	@$(BIN)/python -W ignore -c 'import detectron2, panet_d2; print("panet_d2", panet_d2.__version__, "on Detectron2", detectron2.__version__)'
+	@touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Trained once; repeating `make demo` evaluates and draws again.
+$(DEMO)/model_final.pth: | $(STAMP)
+	rm -rf $(DEMO)
+	$(BIN)/python train_net.py --config-file configs/Shapes/panet_R_18_FPN_gn.yaml OUTPUT_DIR $(DEMO)
+
+demo: $(STAMP) $(DEMO)/model_final.pth
+	$(BIN)/python tools/visualize.py predictions --config-file $(DEMO)/config.yaml --output $(DEMO)/pictures
+
+clean:
+	rm -rf .venv $(DEMO)

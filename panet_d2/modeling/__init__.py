@@ -1,0 +1,25 @@
+from .backbone import (
+    PAFPN,
+    build_resnet_pafpn_backbone,
+    build_retinanet_resnet_pafpn_backbone,
+)
+from .poolers import AdaptiveROIPooler
+from .roi_heads import (
+    FastRCNNConvFCNormHead,
+    FCFusionBranch,
+    PANetCascadeROIHeads,
+    PANetMaskHead,
+    PANetROIHeads,
+)
+
+__all__ = [
+    "AdaptiveROIPooler",
+    "FCFusionBranch",
+    "FastRCNNConvFCNormHead",
+    "PAFPN",
+    "PANetCascadeROIHeads",
+    "PANetMaskHead",
+    "PANetROIHeads",
+    "build_resnet_pafpn_backbone",
+    "build_retinanet_resnet_pafpn_backbone",
+]

@@ -1,0 +1,229 @@
+"""FPN with PANet's bottom-up path augmentation."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+
+from ...config import ConfigError, checked
+
+__all__ = [
+    "PAFPN",
+    "build_resnet_pafpn_backbone",
+    "build_retinanet_resnet_pafpn_backbone",
+]
+
+ACTIVATIONS = {"relu": nn.ReLU, "": None}
+
+
+class PAFPN(FPN):
+    """
+    The Path Aggregation FPN: FPN's levels P2…P5, and a path that leads back up through them to
+    N2…N5 (PANet, Sec. 3.1). N2 is P2, and
+
+        N(i+1) = relu(conv3x3(relu(conv3x3, stride 2 (N(i))) + P(i+1)))
+
+    The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
+    works as it is, and FPN's parameters keep theirs, so that its checkpoints load.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        in_features: List[str],
+        out_channels: int,
+        norm: str = "",
+        top_block: Optional[nn.Module] = None,
+        fuse_type: str = "sum",
+        square_pad: int = 0,
+        *,
+        activation: str = "relu",
+        bias_before_norm: bool = False,
+    ):
+        """
+        Args:
+            bottom_up, in_features, out_channels, norm, fuse_type, square_pad:
+                see :class:`detectron2.modeling.FPN`. The bottom-up path has the same width and
+                norm as the FPN.
+            top_block (nn.Module or None): see :class:`detectron2.modeling.FPN`. If it reads a
+                level of the pyramid ("p5"), it is given that level's N.
+            activation (str): what follows each conv of the bottom-up path: "relu", as in the
+                paper, or "" for nothing, as in the authors' release where there is no norm.
+            bias_before_norm (bool): give the bottom-up convs a bias even where a norm follows, as
+                in the authors' release.
+
+        Raises:
+            ValueError: if ``activation`` is unknown, or ``in_features`` are not levels of
+                ``bottom_up`` that halve in size from one to the next.
+        """
+        _check_pyramid(bottom_up.output_shape(), in_features, "in_features")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; it must be one of {[*ACTIVATIONS]}.")
+        super().__init__(
+            bottom_up=bottom_up,
+            in_features=in_features,
+            out_channels=out_channels,
+            norm=norm,
+            top_block=top_block,
+            fuse_type=fuse_type,
+            square_pad=square_pad,
+        )
+        # "p2", "p3", …: the levels that the bottom-up path goes through.
+        names = list(self.output_shape())
+        self.levels = names[: len(in_features)]
+        self.extra_levels = names[len(in_features) :]
+
+        downsample_convs, fusion_convs = [], []
+        for level in self.levels[1:]:
+            pair = [
+                Conv2d(
+                    out_channels,
+                    out_channels,
+                    kernel_size=3,
+                    stride=stride,
+                    padding=1,
+                    bias=norm == "" or bias_before_norm,
+                    norm=get_norm(norm, out_channels),
+                    activation=ACTIVATIONS[activation]() if activation else None,
+                )
+                for stride in (2, 1)
+            ]
+            for conv in pair:
+                weight_init.c2_xavier_fill(conv)
+            # Named for the level that they make, as FPN names its convs: 3 for N3.
+            stage = level[1:]
+            self.add_module(f"pafpn_downsample{stage}", pair[0])
+            self.add_module(f"pafpn_output{stage}", pair[1])
+            downsample_convs.append(pair[0])
+            fusion_convs.append(pair[1])
+        # From high to low resolution. Plain lists, as in FPN: the modules are registered above.
+        self.downsample_convs = downsample_convs
+        self.fusion_convs = fusion_convs
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone, top_block: Optional[nn.Module]) -> dict:
+        """
+        Args:
+            cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
+            bottom_up (Backbone): the network below the FPN.
+            top_block (nn.Module or None): what makes the levels above N5.
+
+        Raises:
+            ConfigError: if ``MODEL.FPN.IN_FEATURES`` do not form a pyramid, or a value of
+                ``MODEL.PAFPN`` is unknown.
+        """
+        try:
+            _check_pyramid(
+                bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES"
+            )
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
+        return {
+            "bottom_up": bottom_up,
+            "in_features": cfg.MODEL.FPN.IN_FEATURES,
+            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "norm": cfg.MODEL.FPN.NORM,
+            "top_block": top_block,
+            "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
+            "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
+            "bias_before_norm": cfg.MODEL.PAFPN.BIAS_BEFORE_NORM,
+        }
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            x (Tensor): images of shape (B, 3, H, W), padded to :attr:`size_divisibility`.
+
+        Returns:
+            dict[str, Tensor]: level name to feature map, from high to low resolution: "p2" holds
+            N2, of shape (B, out_channels, H / 4, W / 4), and so on.
+        """
+        pyramid = super().forward(x)
+        feature = pyramid[self.levels[0]]
+        for level, downsample, fusion in zip(
+            self.levels[1:], self.downsample_convs, self.fusion_convs
+        ):
+            feature = fusion(downsample(feature) + pyramid[level])
+            pyramid[level] = feature
+        # FPN has run the top block already, on P5. Where it reads the backbone (RetinaNet's P6
+        # from res5) that stands; where it reads the pyramid, the paper's N6 comes from N5. Doing
+        # it twice costs nothing that can be measured at that resolution.
+        if self.top_block is not None and self.top_block.in_feature in pyramid:
+            extra = self.top_block(pyramid[self.top_block.in_feature])
+            pyramid.update(zip(self.extra_levels, extra))
+        return pyramid
+
+
+def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: str) -> None:
+    """Raise a ValueError that calls ``in_features`` by ``name`` if they are not a pyramid."""
+    strides = [shapes[f].stride if f in shapes else None for f in in_features]
+    if None in strides:
+        raise ValueError(
+            f"{name} is {list(in_features)}, but the network below puts out {list(shapes)} "
+            "(MODEL.RESNETS.OUT_FEATURES)."
+        )
+    if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
+        raise ValueError(
+            f"{name} is {list(in_features)} with strides {strides}; it must list levels from fine "
+            "to coarse, each with twice the stride of the one before, such as "
+            "['res2', 'res3', 'res4', 'res5']."
+        )
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
+    """
+    ResNet, FPN and the bottom-up path, with N6 max-pooled from N5 for the RPN.
+
+    Args:
+        cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
+        input_shape (ShapeSpec): shape of the images.
+
+    Returns:
+        PAFPN: the backbone.
+
+    Raises:
+        ConfigError: see :meth:`PAFPN.from_config`.
+    """
+    top_block = LastLevelMaxPool()
+    # Detectron2's block reads "p5" whatever the pyramid; ours may end lower.
+    if cfg.MODEL.FPN.IN_FEATURES:
+        top_block.in_feature = "p" + cfg.MODEL.FPN.IN_FEATURES[-1][len("res") :]
+    return PAFPN(cfg, build_resnet_backbone(cfg, input_shape), top_block)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
+    """
+    ResNet, FPN and the bottom-up path, with RetinaNet's P6 and P7 made from res5.
+
+    Args:
+        cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
+        input_shape (ShapeSpec): shape of the images.
+
+    Returns:
+        PAFPN: the backbone.
+
+    Raises:
+        ConfigError: see :meth:`PAFPN.from_config`.
+    """
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    _require_res5(bottom_up)
+    top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    return PAFPN(cfg, bottom_up, top_block)
+
+
+def _require_res5(bottom_up: Backbone) -> None:
+    if "res5" not in bottom_up.output_shape():
+        raise ConfigError(
+            f"MODEL.RESNETS.OUT_FEATURES is {list(bottom_up.output_shape())}; RetinaNet's P6 is "
+            "made from 'res5', so it must be among them."
+        )

@@ -1,0 +1,247 @@
+"""Adaptive feature pooling: a ROIPooler that pools every proposal from every level."""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes
+from torch import nn
+
+from ..config import ConfigError, checked
+from ..layers import FUSIONS, Linear, fuse_levels, multilevel_roi_align
+
+__all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler"]
+
+ADAPTATIONS = ("conv", "fc", "none")
+POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
+
+# Config key of the layer that the adaptation layer stands for, and so takes its width from.
+_WIDTH_KEYS = {
+    ("ROI_BOX_HEAD", "conv"): "CONV_DIM",
+    ("ROI_BOX_HEAD", "fc"): "FC_DIM",
+    ("ROI_MASK_HEAD", "conv"): "CONV_DIM",
+    ("ROI_KEYPOINT_HEAD", "conv"): "CONV_DIMS",
+}
+
+
+class AdaptiveROIPooler(ROIPooler):
+    """
+    PANet's adaptive feature pooling (Sec. 3.2): each proposal is pooled from *every* level, each
+    level's grid goes through a layer of its own, and the results are fused element by element.
+
+    All of it happens in here, so the head behind it sees one grid per proposal, as it would from
+    a :class:`ROIPooler`, and any head works; :attr:`output_shape` tells it the grid's shape.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        output_size: Union[int, Sequence[int]],
+        scales: Sequence[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        *,
+        in_channels: int,
+        fusion: str = "max",
+        adaptation: str = "conv",
+        adaptation_dim: Optional[int] = None,
+        norm: str = "",
+    ):
+        """
+        Args:
+            output_size, scales, sampling_ratio, pooler_type:
+                see :class:`detectron2.modeling.poolers.ROIPooler`. A ``sampling_ratio`` of 0
+                samples a large proposal hundreds of times a bin on the finest level; the authors
+                use 2.
+            in_channels (int): channels of every level.
+            fusion (str): "max" (the paper's choice), "sum", "mean" or "product".
+            adaptation (str): the layer that each level has of its own: "conv" (3x3, norm, ReLU),
+                "fc" (linear over the whole grid, norm, ReLU) or "none".
+            adaptation_dim (int or None): output channels of that layer; ``in_channels`` if None.
+            norm (str or callable): norm of that layer, see :func:`detectron2.layers.get_norm`.
+
+        Raises:
+            ValueError: for an unknown ``pooler_type``, ``fusion`` or ``adaptation``, or scales
+                that do not halve from one level to the next.
+        """
+        _check_scales(scales)
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}.")
+        if adaptation not in ADAPTATIONS:
+            raise ValueError(
+                f"adaptation is {adaptation!r}; it must be one of {', '.join(ADAPTATIONS)}."
+            )
+        super().__init__(output_size, scales, sampling_ratio, pooler_type)
+        self.scales = [float(scale) for scale in scales]
+        self.sampling_ratio = sampling_ratio
+        self.pooler_type = pooler_type
+        self.fusion = fusion
+        self.adaptation = adaptation
+        self.in_channels = in_channels
+        dim = in_channels if adaptation_dim is None or adaptation == "none" else adaptation_dim
+        self.out_channels = dim
+
+        # Index 0 is the finest level. Their weights are independent (the paper's fig. 1c).
+        self.adaptation_layers = nn.ModuleList()
+        height, width = self.output_size
+        for _ in scales if adaptation != "none" else ():
+            if adaptation == "conv":
+                layer = Conv2d(
+                    in_channels,
+                    dim,
+                    kernel_size=3,
+                    padding=1,
+                    bias=not norm,
+                    norm=get_norm(norm, dim),
+                    activation=nn.ReLU(),
+                )
+                weight_init.c2_msra_fill(layer)  # as the first conv of Detectron2's heads
+            else:
+                layer = Linear(
+                    in_channels * height * width,
+                    dim,
+                    norm=get_norm(norm, dim),
+                    activation=nn.ReLU(),
+                )
+                weight_init.c2_xavier_fill(layer)  # as the first fc of Detectron2's heads
+            self.adaptation_layers.append(layer)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec], head: str) -> dict:
+        """
+        Args:
+            cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
+            input_shape (dict[str, ShapeSpec]): shapes of the backbone's outputs.
+            head (str): "ROI_BOX_HEAD", "ROI_MASK_HEAD" or "ROI_KEYPOINT_HEAD".
+
+        Raises:
+            ConfigError: if a value of the head's node cannot work, see the message.
+        """
+        in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        _check_levels(input_shape, in_features)
+        node = cfg.MODEL[head]
+        adaptation = checked(
+            cfg,
+            f"MODEL.{head}.AFP.ADAPTATION",
+            # The mask and keypoint heads need a grid; nothing of it is left after an fc.
+            [a for a in ADAPTATIONS if a == "none" or (head, a) in _WIDTH_KEYS],
+        )
+        dim = None
+        if adaptation != "none":
+            dim = node[_WIDTH_KEYS[head, adaptation]]
+            dim = dim[0] if isinstance(dim, (list, tuple)) else dim
+        return {
+            "output_size": node.POOLER_RESOLUTION,
+            "scales": [1.0 / input_shape[f].stride for f in in_features],
+            "sampling_ratio": node.POOLER_SAMPLING_RATIO,
+            "pooler_type": checked(cfg, f"MODEL.{head}.POOLER_TYPE", POOLER_TYPES),
+            "in_channels": input_shape[in_features[0]].channels,
+            "fusion": checked(cfg, f"MODEL.{head}.AFP.FUSION", FUSIONS),
+            "adaptation": adaptation,
+            "adaptation_dim": dim,
+            "norm": node.get("NORM", ""),
+        }
+
+    @property
+    @torch.jit.unused
+    def output_shape(self) -> ShapeSpec:
+        """
+        Returns:
+            ShapeSpec: channels, height and width of the grid that a head gets for each proposal.
+        """
+        height, width = (1, 1) if self.adaptation == "fc" else self.output_size
+        return ShapeSpec(channels=self.out_channels, height=height, width=width)
+
+    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """
+        Args:
+            x (list[Tensor]): feature maps of shape (B, in_channels, H_l, W_l), from fine to
+                coarse, one for each of the ``scales``.
+            box_lists (list[Boxes] | list[RotatedBoxes]): B lists of boxes, in pixels of the input
+                image. Any of them may be empty.
+
+        Returns:
+            Tensor: shape (M, channels, height, width) for all M boxes of the batch, with the rest
+            of the shape as in :attr:`output_shape`.
+
+        Raises:
+            ValueError: if ``x`` does not have a feature map for every scale, or ``box_lists`` a
+                list for every image.
+        """
+        if len(x) != len(self.scales):
+            raise ValueError(f"expected {len(self.scales)} feature maps, got {len(x)}.")
+        if len(box_lists) != x[0].shape[0]:
+            raise ValueError(f"{x[0].shape[0]} images, but boxes for {len(box_lists)}.")
+        if len(box_lists) == 0:
+            shape = self.output_shape
+            return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
+        boxes = convert_boxes_to_pooler_format(box_lists)
+
+        if self.adaptation == "none":
+            return self._pool(x, boxes, self.fusion)
+        pooled = self._pool(x, boxes, None)
+        adapted = []
+        for grid, layer in zip(pooled, self.adaptation_layers):
+            if self.adaptation == "fc":
+                grid = grid.flatten(start_dim=1)
+            adapted.append(layer(grid))
+        fused = fuse_levels(adapted, self.fusion)
+        return fused[:, :, None, None] if self.adaptation == "fc" else fused
+
+    def _pool(
+        self, x: List[torch.Tensor], boxes: torch.Tensor, fuse: Optional[str]
+    ) -> torch.Tensor:
+        """Pool all boxes from all levels, see :func:`panet_d2.layers.multilevel_roi_align`."""
+        if self.pooler_type in ("ROIAlign", "ROIAlignV2"):
+            return multilevel_roi_align(
+                x,
+                boxes,
+                self.scales,
+                self.output_size,
+                self.sampling_ratio,
+                self.pooler_type == "ROIAlignV2",
+                fuse,
+            )
+        pooled = [pooler(feature, boxes) for pooler, feature in zip(self.level_poolers, x)]
+        return torch.stack(pooled) if fuse is None else fuse_levels(pooled, fuse)
+
+    def extra_repr(self) -> str:
+        return f"fusion={self.fusion!r}, adaptation={self.adaptation!r}"
+
+
+def _check_scales(scales: Sequence[float]) -> None:
+    """Raise a ValueError unless the scales are those of a pyramid, as ROIPooler asserts."""
+    levels = [-math.log2(s) if s > 0 else math.nan for s in scales]
+    ok = bool(levels) and all(level >= 0 and level == int(level) for level in levels)
+    if not ok or any(b != a + 1 for a, b in zip(levels, levels[1:])):
+        raise ValueError(
+            f"scales is {list(scales)}; they must be 1 / stride of levels from fine to coarse, "
+            "each half of the one before, such as [1/4, 1/8, 1/16, 1/32]."
+        )
+
+
+def _check_levels(shapes: Dict[str, ShapeSpec], in_features: List[str]) -> None:
+    key = "MODEL.ROI_HEADS.IN_FEATURES"
+    unknown = [f for f in in_features if f not in shapes]
+    if unknown or not in_features:
+        raise ConfigError(
+            f"{key} is {list(in_features)}; it must list outputs of the backbone, which are "
+            f"{', '.join(shapes)}."
+        )
+    strides: Tuple[int, ...] = tuple(shapes[f].stride for f in in_features)
+    if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+        raise ConfigError(
+            f"{key} is {list(in_features)} with strides {list(strides)}; it must list levels from "
+            "fine to coarse without a gap, such as ['p2', 'p3', 'p4', 'p5']."
+        )
+    channels = {f: shapes[f].channels for f in in_features}
+    if len(set(channels.values())) > 1:
+        raise ConfigError(
+            f"{key} has levels of different width ({channels}); they must all be the same."
+        )

@@ -1,0 +1,189 @@
+"""PANet's mask head: the FCN path of Mask R-CNN plus a fully-connected path."""
+
+from __future__ import annotations
+
+from typing import List
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from torch import nn
+
+from ...config import ConfigError
+
+__all__ = ["FCFusionBranch", "PANetMaskHead"]
+
+
+class FCFusionBranch(nn.Module):
+    """
+    The fully-connected path of PANet's mask head (Sec. 3.3): a 3x3 conv, a 3x3 conv that halves
+    the channels, and one linear layer that predicts a whole class-agnostic mask, so that every
+    pixel of it sees the whole proposal.
+    """
+
+    def __init__(self, input_shape: ShapeSpec, norm: str = "", relu: bool = False):
+        """
+        Args:
+            input_shape (ShapeSpec): channels, height and width of the features it reads.
+            norm (str or callable): norm of the convs, see :func:`detectron2.layers.get_norm`.
+            relu (bool): put a ReLU behind the linear layer.
+        """
+        super().__init__()
+        channels = input_shape.channels
+        for name, out_channels in (("conv1", channels), ("conv2", channels // 2)):
+            conv = Conv2d(
+                channels,
+                out_channels,
+                kernel_size=3,
+                padding=1,
+                bias=not norm,
+                norm=get_norm(norm, out_channels),
+                activation=nn.ReLU(),
+            )
+            weight_init.c2_msra_fill(conv)
+            self.add_module(name, conv)
+        # The deconv of the FCN path doubles the resolution; so does this.
+        self.mask_size = (2 * input_shape.height, 2 * input_shape.width)
+        self.fc = nn.Linear(
+            (channels // 2) * input_shape.height * input_shape.width,
+            self.mask_size[0] * self.mask_size[1],
+        )
+        # As the authors' release: small, so that the FCN path leads at first.
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.constant_(self.fc.bias, 0)
+        self.relu = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x (Tensor): shape (M, channels, R, R).
+
+        Returns:
+            Tensor: mask logits of shape (M, 1, 2R, 2R).
+        """
+        x = self.conv2(self.conv1(x)).flatten(start_dim=1)
+        # Not -1 for M: it would be ambiguous where there are no proposals.
+        return self.relu(self.fc(x)).reshape(x.shape[0], 1, self.mask_size[0], self.mask_size[1])
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class PANetMaskHead(MaskRCNNConvUpsampleHead):
+    """
+    Detectron2's mask head, whose layers keep their names, with fully-connected fusion.
+
+    The fully-connected path leaves the FCN path before its last conv: after the third of the
+    paper's four. With adaptive feature pooling, the first of the four is the pooler's adaptation
+    layer and the head has three.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dims: List[int],
+        conv_norm: str = "",
+        fc_fusion: bool = True,
+        fc_relu: bool = False,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_shape, num_classes, conv_dims, conv_norm, kwargs: see
+                :class:`detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead`.
+                ``input_shape`` needs its height and width.
+            fc_fusion (bool): add the fully-connected path; without it this is the parent.
+            fc_relu (bool): put a ReLU behind its linear layer, as the authors' release does and
+                the paper does not mention.
+
+        Raises:
+            ValueError: if ``fc_fusion`` is true and there is no conv before which to leave, or
+                half of the channels cannot have this norm.
+        """
+        super().__init__(
+            input_shape,
+            num_classes=num_classes,
+            conv_dims=conv_dims,
+            conv_norm=conv_norm,
+            **kwargs,
+        )
+        self.num_shared = len(conv_dims) - 2  # convs that both paths go through
+        self.fc_fusion_on = fc_fusion
+        if not fc_fusion:
+            return
+        if self.num_shared < 0:
+            raise ValueError(
+                f"conv_dims is {list(conv_dims)}; fully-connected fusion needs at least one conv "
+                "before the deconv."
+            )
+        shared_dim = conv_dims[self.num_shared - 1] if self.num_shared else input_shape.channels
+        shape = ShapeSpec(channels=shared_dim, height=input_shape.height, width=input_shape.width)
+        # Last, because the parent is an nn.Sequential in the order of use.
+        self.fc_fusion = FCFusionBranch(shape, conv_norm, fc_relu)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """
+        Args:
+            cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
+            input_shape (ShapeSpec): shape of the pooled features.
+
+        Raises:
+            ConfigError: if a value of ``MODEL.ROI_MASK_HEAD`` cannot work, see the message.
+        """
+        node = cfg.MODEL.ROI_MASK_HEAD
+        ret = super().from_config(cfg, input_shape)
+        ret["fc_fusion"] = node.FC_FUSION.ENABLED
+        ret["fc_relu"] = node.FC_FUSION.RELU
+        if not node.FC_FUSION.ENABLED:
+            return ret
+        if not isinstance(input_shape, ShapeSpec):
+            raise ConfigError(
+                "MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty; PANetMaskHead reads pooled features "
+                "and accepts ROIAlignV2 or ROIAlign."
+            )
+        if node.NUM_CONV < 1:
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD.NUM_CONV is {node.NUM_CONV}; with FC_FUSION it must be at "
+                "least 1, because the fully-connected path leaves before the last conv."
+            )
+        if node.NORM == "GN" and node.CONV_DIM % 64:
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD.CONV_DIM is {node.CONV_DIM}; with NORM: GN and FC_FUSION it "
+                "must be a multiple of 64, because half of the channels make 32 groups."
+            )
+        return ret
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x (Tensor): pooled features of shape (M, C, R, R).
+
+        Returns:
+            Tensor: mask logits of shape (M, num_classes, 2R, 2R): the FCN path's, and on every
+            class the fully-connected path's.
+        """
+        return sum(self.forward_paths(x)) if self.fc_fusion_on else super().layers(x)
+
+    def forward_paths(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """
+        The two predictions before they are added, for those who want to look at them.
+
+        Args:
+            x (Tensor): pooled features of shape (M, C, R, R).
+
+        Returns:
+            list[Tensor]: the FCN path's logits, (M, num_classes, 2R, 2R), and the fully-connected
+            path's, (M, 1, 2R, 2R).
+        """
+        *fcn_layers, fc_fusion = self
+        for layer in fcn_layers[: self.num_shared]:
+            x = layer(x)
+        fc_logits = fc_fusion(x)
+        for layer in fcn_layers[self.num_shared :]:
+            x = layer(x)
+        return [x, fc_logits]

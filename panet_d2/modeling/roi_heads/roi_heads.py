@@ -1,0 +1,75 @@
+"""Detectron2's ROI heads with adaptive feature pooling in front of any of their branches."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads
+
+from ..poolers import AdaptiveROIPooler
+
+__all__ = ["AdaptivePoolingMixin", "PANetCascadeROIHeads", "PANetROIHeads"]
+
+
+class AdaptivePoolingMixin:
+    """
+    Gives a :class:`StandardROIHeads` adaptive feature pooling, by config, for each branch whose
+    ``AFP.ENABLED`` is true. The branches, their losses and their inference stay the parent's.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls._with_afp(super()._init_box_head, cfg, input_shape, "box")
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls._with_afp(super()._init_mask_head, cfg, input_shape, "mask")
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls._with_afp(super()._init_keypoint_head, cfg, input_shape, "keypoint")
+
+    @classmethod
+    def _with_afp(
+        cls, init_head, cfg: CfgNode, input_shape: Dict[str, ShapeSpec], branch: str
+    ) -> dict:
+        """Run the parent's ``init_head`` and put an :class:`AdaptiveROIPooler` before it."""
+        head = f"ROI_{branch.upper()}_HEAD"
+        branch_on = branch == "box" or cfg.MODEL[f"{branch.upper()}_ON"]
+        if not branch_on or not cfg.MODEL[head].AFP.ENABLED:
+            return init_head(cfg, input_shape)
+        pooler = AdaptiveROIPooler(cfg, input_shape, head)
+        # The parent sizes the head by the width of the levels and the pooler's resolution, so it
+        # is shown those that come out of the adaptation layers. The plain pooler that it makes
+        # on the way has no parameters and is dropped.
+        shape = pooler.output_shape
+        head_cfg = cfg.clone()
+        head_cfg.defrost()
+        head_cfg.MODEL[head].POOLER_RESOLUTION = shape.height
+        head_input_shape = {
+            f: ShapeSpec(channels=shape.channels, stride=input_shape[f].stride)
+            for f in cfg.MODEL.ROI_HEADS.IN_FEATURES
+        }
+        ret = init_head(head_cfg, head_input_shape)
+        ret[f"{branch}_pooler"] = pooler
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
+    """
+    :class:`StandardROIHeads` with adaptive feature pooling (PANet, Sec. 3.2) in front of the box,
+    mask and keypoint branch, each by its own switch. Constructed directly, it takes an
+    :class:`AdaptiveROIPooler` as any of its poolers, as its parent does.
+    """
+
+
+@ROI_HEADS_REGISTRY.register()
+class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
+    """
+    :class:`CascadeROIHeads` with adaptive feature pooling in front of each branch. The stages
+    share the box pooler, as in the parent, and so its adaptation layers.
+    """
