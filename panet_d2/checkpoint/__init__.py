@@ -1,0 +1,3 @@
+from .strict_checkpoint import CheckpointError, StrictCheckpointer
+
+__all__ = ["CheckpointError", "StrictCheckpointer"]

@@ -1,0 +1,106 @@
+"""A checkpointer that does not load half a model."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+from urllib.parse import urlparse
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+__all__ = ["CheckpointError", "StrictCheckpointer"]
+
+_NAMES_SHOWN = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used for this model. The message says why."""
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """
+    A :class:`DetectionCheckpointer` that raises where its parent logs and goes on with layers
+    that were not loaded: right for evaluating, predicting and resuming.
+
+    To start a training run some layers must be new; then ``required`` names those that may not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        required: Optional[Sequence[str]] = None,
+        **checkpointables: Any,
+    ):
+        """
+        Args:
+            model (nn.Module): the model to load into.
+            save_dir (str): see :class:`DetectionCheckpointer`.
+            required (list[str] or None): prefixes of the names that the checkpoint must have,
+                such as ["backbone.bottom_up."]. None requires every name of the model and no
+                other.
+            checkpointables: see :class:`DetectionCheckpointer`.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self.required = required
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """
+        Args:
+            path (str): path or URL of a checkpoint, as in ``MODEL.WEIGHTS``.
+            args, kwargs: see :meth:`DetectionCheckpointer.load`.
+
+        Returns:
+            dict: what the checkpoint holds beside the model.
+
+        Raises:
+            CheckpointError: if there is no such file, it cannot be read, or it does not fit.
+        """
+        if not path:
+            raise CheckpointError("MODEL.WEIGHTS is empty; it must name a trained checkpoint.")
+        if not urlparse(path).scheme and not self.path_manager.isfile(path):
+            raise CheckpointError(f"MODEL.WEIGHTS is {path!r}, and there is no such file.")
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except Exception as e:  # torch, pickle and zipfile each raise their own
+            first_line = (str(e) or type(e).__name__).splitlines()[0]
+            raise CheckpointError(f"{filename} is not a checkpoint: {first_line}") from e
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        complaints = []
+        for title, names in (
+            ("missing from it", incompatible.missing_keys),
+            ("in it but not in the model", incompatible.unexpected_keys),
+            (
+                "of another shape",
+                [
+                    f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
+                    for name, theirs, ours in incompatible.incorrect_shapes
+                ],
+            ),
+        ):
+            names = [n for n in names if self._matters(n, title)]
+            if names:
+                complaints.append(f"{len(names)} {title}: {_listed(names)}")
+        if complaints:
+            raise CheckpointError(
+                "The checkpoint does not fit the model of this config. " + "; ".join(complaints)
+            )
+        return incompatible
+
+    def _matters(self, name: str, title: str) -> bool:
+        if name.endswith("num_batches_tracked"):  # absent from converted checkpoints
+            return False
+        if self.required is None:
+            return True
+        return title != "in it but not in the model" and name.startswith(tuple(self.required))
+
+
+def _listed(names: List[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "") + "."

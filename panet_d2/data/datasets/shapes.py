@@ -1,0 +1,389 @@
+"""
+A small data set of drawn shapes, made on first use: six classes, 8 to 200 pixels large, textured,
+overlapping and cut off by the border. It shows within minutes whether a model learns to segment
+instances at all scales, where no large data set is at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+import zlib
+from functools import partial
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from pycocotools import mask as mask_util
+from tqdm import tqdm
+
+__all__ = ["CLASSES", "SPLITS", "ensure_shapes", "register_shapes", "render_image"]
+
+CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross")
+SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
+
+# Part of the seeds and of the folder's name: a new one is due whenever the pictures change, so
+# that no cache of old pictures is taken for the new ones.
+_VERSION = 1
+_MIN_SIDE, _MAX_SIDE = 8.0, 200.0 / 256.0  # in pixels; as a share of the image
+_MIN_COUNT, _MAX_COUNT = 3, 12
+# What remains to be seen of every instance: less could not be told from another class.
+_MIN_VISIBLE, _MIN_AREA = 0.4, 16
+_TRIES = 30
+_PATTERNS = ("plain", "ramp", "noise", "stripes", "checks", "dots")
+_STALE_SECONDS = 3600
+
+_logger = logging.getLogger(__name__)
+
+
+def _spikes(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
+    """Distance to the edges of a star with tips at radius 1; convex if ``inner`` is large."""
+    sector = np.pi / points
+    angle = np.abs((np.arctan2(x, y) + sector) % (2 * sector) - sector)
+    nx, ny = 1 - inner * np.cos(sector), inner * np.sin(sector)
+    normal, length = np.arctan2(nx, ny), np.hypot(nx, ny)
+    return np.hypot(x, y) * np.cos(angle - normal) - ny / length
+
+
+def _distance(category: int, x: np.ndarray, y: np.ndarray, slim: float) -> np.ndarray:
+    """
+    Distance to the outline in the shape's own frame, where it fills the unit circle; negative
+    inside. ``slim``, from 0 to 1, is what instances of one class differ in.
+    """
+    name, ax, ay = CLASSES[category], np.abs(x), np.abs(y)
+    if name == "disc":
+        return np.hypot(x, y) - 1
+    if name == "square":
+        return np.maximum(ax, ay) - np.sqrt(0.5)
+    if name == "triangle":
+        return _spikes(x, y, 3, 0.5)
+    if name == "star":
+        return _spikes(x, y, 5, 0.5 - 0.1 * slim)
+    if name == "ring":
+        hole = 0.45 + 0.2 * slim
+        return np.abs(np.hypot(x, y) - (1 + hole) / 2) - (1 - hole) / 2
+    long, wide = 0.95, 0.36 - 0.1 * slim
+    return np.minimum(np.maximum(ax - long, ay - wide), np.maximum(ax - wide, ay - long))
+
+
+def _corners(category: int) -> np.ndarray:
+    """Points, 2 x N, with the same bounding box as the shape at any rotation."""
+    start, count = {
+        "square": (np.pi / 4, 4),
+        "triangle": (np.pi / 2, 3),
+        "star": (np.pi / 2, 5),
+    }.get(CLASSES[category], (0.0, 64))
+    angle = start + 2 * np.pi * np.arange(count) / count
+    return np.stack([np.cos(angle), np.sin(angle)])
+
+
+def _draw(rng: np.random.Generator, category: int, side: float) -> np.ndarray:
+    """Distances to the outline in pixels, on a grid that leaves room for the shadow."""
+    angle, aspect, slim = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1), rng.random()
+    cos, sin = np.cos(angle), np.sin(angle)
+    frame = np.array([[cos, -sin], [sin, cos]]) * [1, aspect]
+    corners = frame @ _corners(category)
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    scale = side / (high - low).max()
+    # Anywhere between two pixels, so that small shapes are not all alike.
+    x0, y0 = rng.random(2) - low * scale + _pad(side)
+    width, height = np.ceil((high - low) * scale).astype(int) + 1 + 2 * _pad(side)
+    x = (np.arange(width) + 0.5 - x0) / scale
+    y = ((np.arange(height) + 0.5 - y0) / scale)[:, None]
+    own = (cos * x + sin * y, (cos * y - sin * x) / aspect)
+    return _distance(category, *own, slim) * scale * np.sqrt(aspect)
+
+
+def _pad(side: float) -> int:
+    return 2 + int(side / 12)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
+    """A pattern of values from 0 to 1 with details of about ``period`` pixels."""
+    pattern, angle = _PATTERNS[rng.integers(len(_PATTERNS))], rng.uniform(0, np.pi)
+    phase = rng.uniform(0, 2 * np.pi, 2).astype(np.float32)
+    if pattern == "plain":
+        return np.zeros((height, width), np.float32)
+    if pattern == "noise":
+        return _noise(rng, height, width, period)
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    along, across = cos * x + sin * y, cos * y - sin * x
+    if pattern == "ramp":
+        return (along - along.min()) / np.ptp(along)
+    # Large dots would be discs, and large checks squares, that nobody annotated.
+    frequency = np.float32(2 * np.pi / (period if pattern == "stripes" else min(period, 9)))
+    u, v = np.sin(frequency * along + phase[0]), np.sin(frequency * across + phase[1])
+    wave = {"stripes": u, "checks": u * v, "dots": u + v - 0.6}[pattern]
+    return np.clip(0.5 + 2 * wave, 0, 1)
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
+    """Smooth noise of three octaves, the coarsest of ``period`` pixels."""
+    total = np.zeros((height, width), np.float32)
+    for octave in range(3):
+        step = max(period / 2**octave, 1)
+        grid = rng.random((int(height / step) + 2, int(width / step) + 2), dtype=np.float32)
+        total += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC) / 2**octave
+    return np.clip(total - 0.4, 0, 1)
+
+
+def _blend(image: np.ndarray, colour: np.ndarray, weight: np.ndarray) -> None:
+    """Move ``image`` towards ``colour`` by ``weight``, from 0 to 1, in place."""
+    image += weight[..., None] * (colour - image)
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    colours = rng.uniform(20, 235, (4, 3)).astype(np.float32)
+    image = np.tile(colours[0], (size, size, 1))
+    _blend(image, colours[1], _noise(rng, size, size, rng.uniform(24, 128)))
+    for colour in colours[2:]:
+        period = np.exp(rng.uniform(np.log(5), np.log(60)))
+        _blend(image, colour, _texture(rng, size, size, period) * rng.uniform(0.1, 0.5))
+    return image
+
+
+def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, side: float) -> None:
+    """Draw one shape with its shadow over ``image``, which is of the size of ``distance``."""
+    height, width = distance.shape
+    alpha = np.clip(0.5 - distance, 0, 1)
+    shadow = np.clip(1 - distance / _pad(side), 0, 1) ** 2
+    # The first colour that stands out from what is below, else the one that does most.
+    below = (image * alpha[..., None]).sum((0, 1)) / alpha.sum()
+    colours = rng.uniform(15, 240, (12, 3)).astype(np.float32)
+    contrast = np.linalg.norm(colours - below, axis=1)
+    colour = colours[np.argmax(np.minimum(contrast, 90))]
+    # A pattern as coarse as the shape itself would break the smallest ones into pieces.
+    spread = min(80, 2 * side)
+    other = colour + rng.uniform(-spread, spread, 3).astype(np.float32)
+
+    paint = np.tile(colour, (height, width, 1))
+    _blend(paint, other, _texture(rng, height, width, rng.uniform(4, max(9, side / 3))))
+    light = rng.uniform(-0.2, 0.2, 2).astype(np.float32)
+    x, y = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
+    paint *= (1 + light[0] * x + light[1] * y)[..., None]
+    _blend(image, np.float32(0), shadow * rng.uniform(0.15, 0.5))
+    _blend(image, paint, alpha)
+
+
+def _window(top: int, left: int, shape: tuple[int, int], size: int) -> tuple:
+    """Where a grid at (top, left) meets the image: slices of the image and of the grid."""
+    spans = []
+    for start, length in zip((top, left), shape):
+        low, high = max(start, 0), min(start + length, size)
+        spans.append((slice(low, high), slice(low - start, high - start)))
+    return tuple(zip(*spans))
+
+
+def _place(
+    rng: np.random.Generator, inside: np.ndarray, pad: int, owner: np.ndarray, full: list[int]
+) -> tuple | None:
+    """
+    Find a place where a new shape and all below it remain visible enough.
+
+    Args:
+        inside (ndarray): the shape on its grid, h x w, bool.
+        pad (int): margin of the grid around the shape.
+        owner (ndarray): number of the visible shape at each pixel, size x size; -1 for none.
+        full (list[int]): areas of the shapes so far, without occlusion.
+    """
+    size = len(owner)
+    needed = np.maximum(_MIN_AREA, _MIN_VISIBLE * np.array([*full, inside.sum()]))
+    visible = np.bincount(owner.ravel() + 1, minlength=len(full) + 1)[1:]
+    extent = np.array(inside.shape) - 2 * pad
+    for _ in range(_TRIES):
+        # Up to a fifth of each side may be outside of the image.
+        corner = rng.uniform(-0.2 * extent, size - 0.8 * extent)
+        top, left = np.round(corner).astype(int) - pad
+        target, source = _window(top, left, inside.shape, size)
+        hidden = np.bincount(owner[target][inside[source]] + 1, minlength=len(full) + 1)
+        if (np.append(visible - hidden[1:], hidden.sum()) >= needed).all():
+            return target, source
+    return None
+
+
+def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, list[dict]]:
+    """
+    Draw one image of the data set. It depends on nothing but the arguments.
+
+    Args:
+        split (str): a key of ``SPLITS``.
+        index (int): number of the image, from 0; may go beyond the number in ``SPLITS``.
+        size (int): side of the image in pixels, at least 64. The largest shapes grow with it.
+
+    Returns:
+        tuple[ndarray, list[dict]]: the image, size x size x 3, uint8 in RGB; and its instances, a
+        dict each, with ``category`` (int, index into ``CLASSES``) and ``mask`` (ndarray,
+        size x size, bool), which is the part that is visible. Masks do not overlap.
+
+    Raises:
+        ValueError: if the split is unknown, the index negative or the size too small.
+    """
+    if split not in SPLITS or index < 0 or size < 64:
+        raise ValueError(
+            f"there is no image {index} of {size} pixels in split {split!r}; splits are "
+            f"{', '.join(SPLITS)}, images count from 0, and sizes start at 64."
+        )
+    rng = np.random.default_rng([_VERSION, zlib.crc32(split.encode()), index])
+    image = _background(rng, size)
+    owner = np.full((size, size), -1)
+    count = rng.integers(_MIN_COUNT, _MAX_COUNT + 1)
+    sides = np.exp(rng.uniform(np.log(_MIN_SIDE), np.log(_MAX_SIDE * size), count))
+    # Small shapes are mostly, but not always, on top: else few of them would be seen at all.
+    order = np.argsort(-sides * np.exp(rng.uniform(-0.7, 0.7, count)), kind="stable")
+    full: list[int] = []
+    categories: list[int] = []
+    for side in sides[order]:
+        category = int(rng.integers(len(CLASSES)))
+        distance = _draw(rng, category, side)
+        inside = distance < 0
+        place = _place(rng, inside, _pad(side), owner, full)
+        if place is None:
+            continue
+        target, source = place
+        _paint(rng, image[target], distance[source].astype(np.float32), side)
+        owner[target][inside[source]] = len(full)
+        full.append(int(inside.sum()))
+        categories.append(category)
+    image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(1, 3))
+    image = np.clip(np.round(image), 0, 255).astype(np.uint8)
+    return image, [{"category": c, "mask": owner == i} for i, c in enumerate(categories)]
+
+
+def _annotation(instance: dict) -> dict:
+    """COCO's fields for one instance, except for the ids."""
+    rle = mask_util.encode(np.asfortranarray(instance["mask"], dtype=np.uint8))
+    return {
+        "category_id": instance["category"] + 1,
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        "bbox": mask_util.toBbox(rle).tolist(),
+        "area": int(mask_util.area(rle)),
+        "iscrowd": 0,
+    }
+
+
+def _write_split(folder: str, split: str, progress: tqdm) -> None:
+    os.makedirs(os.path.join(folder, split))
+    images, annotations = [], []
+    for index in range(SPLITS[split]):
+        image, instances = render_image(split, index)
+        name = f"{index:06d}.png"
+        path = os.path.join(folder, split, name)
+        if not cv2.imwrite(path, image[..., ::-1]):
+            raise OSError(f"cannot write {path}")
+        height, width = image.shape[:2]
+        images.append({"id": index, "file_name": name, "height": height, "width": width})
+        for instance in instances:
+            # COCO's evaluation takes an annotation with id 0 for no annotation.
+            ids = {"id": len(annotations) + 1, "image_id": index}
+            annotations.append({**ids, **_annotation(instance)})
+        progress.update()
+    content = {
+        "info": {"description": "panet_d2 shapes", "version": str(_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
+    }
+    with open(_json_file(folder, split), "w") as f:
+        json.dump(content, f)
+
+
+def _json_file(folder: str, split: str) -> str:
+    return os.path.join(folder, "annotations", f"instances_{split}.json")
+
+
+def _folder(root: str | None) -> str:
+    root = root or os.getenv("PANET_D2_CACHE") or os.path.join("~", ".cache", "panet_d2")
+    return os.path.join(os.path.abspath(os.path.expanduser(root)), f"shapes_v{_VERSION}")
+
+
+def _remove_stale(folder: str) -> None:
+    """Remove what processes that were killed left behind; not what others are working on."""
+    root, prefix = os.path.dirname(folder), os.path.basename(folder) + ".tmp-"
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        with contextlib.suppress(FileNotFoundError):  # if someone else is doing the same
+            if name.startswith(prefix) and time.time() - os.path.getmtime(path) > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def ensure_shapes(root: str | None = None) -> str:
+    """
+    Make the data set, well under a minute's work and 130 MB on disk, unless it is there already. Any number of processes
+    may do so at once, and each may be killed: the folder is there as a whole or not at all.
+
+    Args:
+        root (str | None): folder for caches. By default the environment variable
+            ``PANET_D2_CACHE``, and ``~/.cache/panet_d2`` where that is not set.
+
+    Returns:
+        str: the folder ``<root>/shapes_v1`` with the images ``<split>/000000.png`` and the
+        annotations ``annotations/instances_<split>.json``, in COCO format with masks in RLE.
+
+    Raises:
+        FileExistsError: if the folder is there, but without its annotations.
+        OSError: if the folder cannot be written.
+    """
+    folder = _folder(root)
+    if os.path.isdir(folder):
+        missing = [s for s in SPLITS if not os.path.isfile(_json_file(folder, s))]
+        if missing:
+            raise FileExistsError(
+                f"{folder} is incomplete, it lacks {_json_file(folder, missing[0])}; delete the "
+                "folder to have it made anew."
+            )
+        return folder
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    _remove_stale(folder)
+    # Not by tempfile, whose folders no other user can read.
+    unfinished = f"{folder}.tmp-{uuid.uuid4().hex}"
+    total = sum(SPLITS.values())
+    _logger.info("Drawing %d images of the shapes data set into %s", total, folder)
+    try:
+        os.makedirs(os.path.join(unfinished, "annotations"))
+        with tqdm(total=total, desc="shapes", unit="image", mininterval=1) as progress:
+            for split in SPLITS:
+                _write_split(unfinished, split, progress)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:  # unless another process was faster
+            if not os.path.isdir(folder):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _load(root: str, split: str, name: str) -> list[dict]:
+    folder = ensure_shapes(root)
+    return load_coco_json(_json_file(folder, split), os.path.join(folder, split), name)
+
+
+def register_shapes() -> None:
+    """
+    Make ``shapes_train`` and ``shapes_val`` known to Detectron2; again, if they are known already.
+    The images are drawn when one of them is first loaded, into the folder that
+    :func:`ensure_shapes` takes by default at the time of this call.
+    """
+    folder = _folder(None)
+    for split in SPLITS:
+        name = f"shapes_{split}"
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        # One root for both, whatever becomes of the environment: the evaluator reads the
+        # annotations where the metadata says, not where the loader has put them.
+        DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), split, name))
+        MetadataCatalog.get(name).set(
+            json_file=_json_file(folder, split),
+            image_root=os.path.join(folder, split),
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+        )

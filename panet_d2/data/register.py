@@ -1,0 +1,185 @@
+"""Data sets in COCO format, registered from the config; and whether data and config agree."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Dict, Iterable, List, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
+
+from ..config import ConfigError
+
+__all__ = ["DataError", "register_coco_file", "setup_datasets"]
+
+# Where the number of classes stands, by meta-architecture.
+_NUM_CLASSES_KEYS = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+}
+
+
+class DataError(ValueError):
+    """A data set or an image that cannot be used. The message names the file."""
+
+
+def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
+    """
+    Register one data set in COCO format under ``name``; again, if it is known already.
+
+    Args:
+        name (str): the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file (str): annotation file. A relative path starts at the environment variable
+            ``DETECTRON2_DATASETS``.
+        image_root (str): folder of the images, likewise.
+
+    Returns:
+        dict: the content of the annotation file.
+
+    Raises:
+        DataError: if a file or folder is missing, or the annotation file is not one.
+    """
+    base = os.getenv("DETECTRON2_DATASETS", "datasets")
+    json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
+    hint = f"Relative paths start at DETECTRON2_DATASETS, which is {base!r}."
+    if not PathManager.isfile(json_file):
+        raise DataError(f"data set {name!r}: there is no annotation file {json_file}. {hint}")
+    if not PathManager.isdir(image_root):
+        raise DataError(f"data set {name!r}: there is no image folder {image_root}. {hint}")
+    try:
+        with PathManager.open(json_file) as f:
+            content = json.load(f)
+        images, categories = content["images"], content["categories"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(
+            f"{json_file} is not a COCO annotation file ({type(e).__name__}: {e}); it needs "
+            "'images', 'categories' and, except for a test set, 'annotations'."
+        ) from e
+    if not images or not categories:
+        raise DataError(f"{json_file} has no {'images' if not images else 'categories'}.")
+
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    categories = sorted(categories, key=lambda c: c["id"])
+    register_coco_instances(
+        name,
+        {
+            "thing_classes": [c["name"] for c in categories],
+            "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+            **_keypoint_metadata(categories),
+        },
+        json_file,
+        image_root,
+    )
+    return content
+
+
+def _keypoint_metadata(categories: List[dict]) -> dict:
+    """What Detectron2's keypoint mapper wants to know, from the first category that has any."""
+    for category in categories:
+        names = category.get("keypoints")
+        if not names:
+            continue
+        pairs = []
+        for left in names:
+            right = left.replace("left", "right")
+            if right != left and right in names:
+                pairs.append((left, right))
+        return {"keypoint_names": names, "keypoint_flip_map": pairs}
+    return {}
+
+
+def setup_datasets(cfg: CfgNode) -> None:
+    """
+    Register the data sets of ``DATASETS.REGISTER_COCO``, check what will be used of them against
+    the config, and fill in the number of classes where the config leaves it at 0.
+
+    Args:
+        cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`; changed in place.
+
+    Raises:
+        ConfigError: if ``DATASETS`` names an unknown data set, or the config does not go with it.
+        DataError: if a data set is missing or incomplete, or has nothing to learn from.
+    """
+    contents = {}
+    for entry in cfg.DATASETS.REGISTER_COCO:
+        if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
+            raise ConfigError(
+                f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be (name, annotation "
+                "file, image folder)."
+            )
+        contents[entry[0]] = register_coco_file(*entry)
+    used = {name: "TRAIN" for name in cfg.DATASETS.TRAIN}
+    used.update({name: "TEST" for name in cfg.DATASETS.TEST if name not in used})
+    for name, split in used.items():
+        if name not in DatasetCatalog:
+            raise ConfigError(
+                f"DATASETS.{split} names {name!r}, which is neither known to Detectron2 nor "
+                "listed in DATASETS.REGISTER_COCO."
+            )
+        if name in contents:
+            _check_images(name, contents[name])
+            if split == "TRAIN":
+                _check_annotations(cfg, name, contents[name])
+    _check_num_classes(cfg, used)
+
+
+def _check_images(name: str, content: dict) -> None:
+    root = MetadataCatalog.get(name).image_root
+    files = [os.path.join(root, image["file_name"]) for image in content["images"]]
+    missing = [f for f in files if not PathManager.isfile(f)]
+    if missing:
+        raise DataError(
+            f"data set {name!r}: {len(missing)} of {len(files)} images are missing, the first is "
+            f"{missing[0]}."
+        )
+
+
+def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
+    json_file = MetadataCatalog.get(name).json_file
+    annotations = [a for a in content.get("annotations", ()) if not a.get("iscrowd", 0)]
+    if not annotations:
+        raise DataError(f"{json_file} has no annotations, so there is nothing to train on.")
+    if cfg.MODEL.MASK_ON:
+        masks = [a["segmentation"] for a in annotations if a.get("segmentation")]
+        if not masks:
+            raise DataError(
+                f"{json_file} has no masks; MODEL.MASK_ON must be False to train on its boxes."
+            )
+        if cfg.INPUT.MASK_FORMAT == "polygon" and any(isinstance(m, dict) for m in masks):
+            raise ConfigError(
+                f"INPUT.MASK_FORMAT is 'polygon', but {json_file} has masks in RLE; it must be "
+                "'bitmask'."
+            )
+    if cfg.MODEL.KEYPOINT_ON and not any(a.get("keypoints") for a in annotations):
+        raise DataError(f"{json_file} has no keypoints; MODEL.KEYPOINT_ON must be False.")
+
+
+def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
+    node_name = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    if node_name is None:
+        return
+    node, key = cfg.MODEL[node_name], f"MODEL.{node_name}.NUM_CLASSES"
+    classes: Dict[str, Tuple[str, ...]] = {
+        name: tuple(MetadataCatalog.get(name).thing_classes)
+        for name in names
+        if hasattr(MetadataCatalog.get(name), "thing_classes")
+    }
+    for name, known in classes.items():
+        if node.NUM_CLASSES == 0:
+            node.NUM_CLASSES = len(known)
+        if node.NUM_CLASSES != len(known):
+            raise ConfigError(
+                f"{key} is {node.NUM_CLASSES}, but data set {name!r} has {len(known)} classes; "
+                f"{key} must be {len(known)}, or 0 to take it from the data."
+            )
+    if node.NUM_CLASSES < 1:
+        raise ConfigError(
+            f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 where DATASETS names a "
+            "data set whose classes are known."
+        )

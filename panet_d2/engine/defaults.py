@@ -1,0 +1,182 @@
+"""What train_net.py, the demo and the tools share: Detectron2's defaults, made strict."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from typing import Iterable, Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from torch import nn
+
+from ..checkpoint import StrictCheckpointer
+from ..config import ConfigError, add_panet_config
+from ..data import NamedImageMapper, setup_datasets
+from ..evaluation import build_evaluator
+
+__all__ = ["Predictor", "Trainer", "load_for_inference", "setup_config"]
+
+logger = logging.getLogger("panet_d2")
+
+# What a checkpoint must bring to a training run: heads may be new, half a ResNet may not.
+_REQUIRED_TO_TRAIN = ("backbone.bottom_up.",)
+
+
+def setup_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
+    """
+    Make the config of a run: Detectron2's keys and PANet's, the file, the overrides; with its
+    data sets registered and its device decided.
+
+    Args:
+        config_file (str): path of a YAML file; "" for none.
+        opts (list[str]): overrides, KEY VALUE KEY VALUE …
+
+    Returns:
+        CfgNode: not frozen. ``MODEL.DEVICE`` is "cuda" where no device was named and there is
+        one, else "cpu".
+
+    Raises:
+        ConfigError: if the file, a key or a value cannot be used.
+        DataError: if its data cannot.
+    """
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    cfg.MODEL.DEVICE = ""
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except FileNotFoundError as e:
+        raise ConfigError(f"there is no config file {e.filename or config_file}") from e
+    except (KeyError, ValueError, AssertionError) as e:
+        # yacs names the key, and reports what it does not know with any of these.
+        message = e.args[0] if e.args else e
+        raise ConfigError(f"{config_file} {' '.join(opts)}".strip() + f": {message}") from e
+    if not cfg.MODEL.DEVICE:
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+        if cfg.MODEL.DEVICE == "cpu":
+            logger.warning("No CUDA device here and MODEL.DEVICE not given: running on the CPU.")
+    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch finds no CUDA device; 'cpu' works."
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError("SOLVER.AMP.ENABLED is True; on the CPU it must be False.")
+    setup_datasets(cfg)
+    return cfg
+
+
+def load_for_inference(model: nn.Module, weights: str) -> None:
+    """
+    Load a checkpoint that must fit the model in every name and shape.
+
+    Args:
+        model (nn.Module): loaded in place.
+        weights (str): path or URL, as in ``MODEL.WEIGHTS``.
+
+    Raises:
+        CheckpointError: if it does not fit, or cannot be read.
+    """
+    StrictCheckpointer(model).load(weights, checkpointables=[])
+
+
+class Predictor(DefaultPredictor):
+    """
+    :class:`DefaultPredictor`, except that weights which do not fit the model are an error. Calling
+    it with a BGR image of shape (H, W, 3) returns the model's output for that image.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg (CfgNode): the config of the model; ``MODEL.WEIGHTS`` names its checkpoint.
+
+        Raises:
+            CheckpointError: see :func:`load_for_inference`.
+            ConfigError: if a value cannot work.
+        """
+        without_weights = cfg.clone()
+        without_weights.defrost()
+        without_weights.MODEL.WEIGHTS = ""
+        super().__init__(without_weights)
+        self.cfg = cfg.clone()
+        load_for_inference(self.model, cfg.MODEL.WEIGHTS)
+
+
+class Trainer(DefaultTrainer):
+    """
+    Detectron2's trainer, with the evaluator picked by data set, unreadable images named, and
+    checkpoints that do not fit refused.
+    """
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=NamedImageMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamedImageMapper(cfg, False))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """
+        Evaluate with test-time augmentation (``TEST.AUG``).
+
+        Args:
+            cfg (CfgNode): the config of the run.
+            model (nn.Module): a trained model.
+
+        Returns:
+            OrderedDict: the results, with "_TTA" behind the name of each task.
+        """
+        logger.info("Evaluating with test-time augmentation …")
+        evaluators = [
+            cls.build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Args:
+            resume (bool): continue the run in ``OUTPUT_DIR``, if there is one, instead of starting
+                from ``MODEL.WEIGHTS``.
+
+        Raises:
+            CheckpointError: if the checkpoint does not fit the model, or cannot be read.
+        """
+        model, last = self._trainer.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
+        if resume and last:
+            load_for_inference(model, last)  # raises where the parent would go on with half
+        elif self.cfg.MODEL.WEIGHTS:
+            StrictCheckpointer(model, required=_REQUIRED_TO_TRAIN).load(
+                self.cfg.MODEL.WEIGHTS, checkpointables=[]
+            )
+            return
+        super().resume_or_load(resume)
+
+
+def latest_checkpoint(output_dir: str) -> Optional[str]:
+    """
+    Args:
+        output_dir (str): an ``OUTPUT_DIR``.
+
+    Returns:
+        str or None: path of the last checkpoint that a run has saved there, if any.
+    """
+    checkpointer = DetectionCheckpointer(nn.Module(), output_dir)
+    return checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else None

@@ -1,0 +1,76 @@
+"""The evaluator that belongs to a data set."""
+
+from __future__ import annotations
+
+import os
+from typing import List, Optional
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from ..config import ConfigError
+
+__all__ = ["build_evaluator"]
+
+# COCO's own limit on the detections of one image that count.
+_COCO_MAX_DETECTIONS = 100
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+) -> DatasetEvaluator:
+    """
+    Args:
+        cfg (CfgNode): ``TEST.DETECTIONS_PER_IMAGE`` beyond COCO's 100 raises the limit of the
+            COCO evaluator too, since data with more objects than that is what one raises it for.
+        dataset_name (str): a registered data set; its ``evaluator_type`` decides.
+        output_folder (str or None): where results are written, OUTPUT_DIR/inference if None.
+
+    Returns:
+        DatasetEvaluator: one evaluator, or several in one.
+
+    Raises:
+        ConfigError: if no evaluator is known for the data set.
+    """
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+    evaluators: List[DatasetEvaluator] = []
+    if kind in ("sem_seg", "coco_panoptic_seg"):
+        evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=folder))
+    if kind in ("coco", "coco_panoptic_seg"):
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        evaluators.append(
+            COCOEvaluator(
+                dataset_name,
+                output_dir=folder,
+                max_dets_per_image=limit if limit > _COCO_MAX_DETECTIONS else None,
+            )
+        )
+    if kind == "coco_panoptic_seg":
+        evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+    if kind == "lvis":
+        evaluators.append(LVISEvaluator(dataset_name, output_dir=folder))
+    if kind == "cityscapes_instance":
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name))
+    if kind == "cityscapes_sem_seg":
+        evaluators.append(CityscapesSemSegEvaluator(dataset_name))
+    if kind == "pascal_voc":
+        evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
+    if not evaluators:
+        raise ConfigError(
+            f"DATASETS.TEST names {dataset_name!r}, whose evaluator_type is {kind!r}; known are "
+            "coco, coco_panoptic_seg, sem_seg, lvis, cityscapes_instance, cityscapes_sem_seg and "
+            "pascal_voc."
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

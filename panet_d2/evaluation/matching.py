@@ -1,0 +1,117 @@
+"""Which predictions found which objects, image by image, from COCO results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from typing import Dict, List
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+__all__ = ["ImageMatch", "average_precision", "match_predictions"]
+
+
+@dataclass
+class ImageMatch:
+    """
+    The predictions and objects of one image. Predictions are COCO results, objects COCO
+    annotations, both as dicts.
+    """
+
+    found: List[dict] = field(default_factory=list)  # predictions that match an object
+    false_positives: List[dict] = field(default_factory=list)  # predictions that match none
+    missed: List[dict] = field(default_factory=list)  # objects that no prediction matches
+
+    @property
+    def error_rate(self) -> float:
+        """Share of what is wrong among all that is there: 0 for a perfect image, at most 1."""
+        wrong = len(self.false_positives) + len(self.missed)
+        return wrong / max(wrong + len(self.found), 1)
+
+
+def _evaluate(coco: COCO, results: List[dict], iou_type: str, max_detections: int) -> COCOeval:
+    evaluator = COCOeval(coco, coco.loadRes(results), iou_type)
+    evaluator.params.maxDets = [1, 10, max_detections]
+    return evaluator
+
+
+def match_predictions(
+    coco: COCO, results: List[dict], score_threshold: float = 0.5, iou_threshold: float = 0.5
+) -> Dict[int, ImageMatch]:
+    """
+    Match as the COCO evaluation does: within a category, by falling score, each object once.
+
+    Args:
+        coco (COCO): the ground truth.
+        results (list[dict]): predictions in COCO's result format; with masks if they have any.
+        score_threshold (float): leave out predictions below this score.
+        iou_threshold (float): overlap from which a prediction has found an object.
+
+    Returns:
+        dict[int, ImageMatch]: by image id, for all images of ``coco``. Matches with crowd regions
+        are neither right nor wrong and appear nowhere.
+    """
+    matches = {image_id: ImageMatch() for image_id in coco.getImgIds()}
+    kept = [r for r in results if r["score"] >= score_threshold]
+    if not kept:
+        for image_id, match in matches.items():
+            match.missed = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        return matches
+    with contextlib.redirect_stdout(io.StringIO()):
+        iou_type = "segm" if "segmentation" in kept[0] else "bbox"
+        evaluator = _evaluate(coco, kept, iou_type, len(kept))
+        evaluator.params.iouThrs = np.array([iou_threshold])
+        evaluator.params.areaRng = evaluator.params.areaRng[:1]
+        evaluator.evaluate()
+    for entry in filter(None, evaluator.evalImgs):
+        match = matches[entry["image_id"]]
+        for prediction, matched, ignored in zip(
+            entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0]
+        ):
+            if not ignored:
+                group = match.found if matched else match.false_positives
+                group.append(evaluator.cocoDt.anns[prediction])
+        for annotation, matched, ignored in zip(
+            entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"]
+        ):
+            if not matched and not ignored:
+                match.missed.append(coco.anns[annotation])
+    return matches
+
+
+def average_precision(
+    coco: COCO, results: List[dict], iou_type: str = "segm", max_detections: int = 100
+) -> Dict[str, float]:
+    """
+    Args:
+        coco (COCO): the ground truth.
+        results (list[dict]): predictions in COCO's result format.
+        iou_type (str): "segm" or "bbox".
+        max_detections (int): how many predictions of an image count.
+
+    Returns:
+        dict[str, float]: AP (over IoU 0.5 to 0.95), AP50 and AP75, in percent; NaN where the
+        ground truth is empty.
+    """
+    if not results:
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = _evaluate(coco, results, iou_type, max_detections)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # IoU thresholds, recalls, categories; all areas; the last of the limits.
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
+    thresholds = evaluator.params.iouThrs
+
+    def mean(values: np.ndarray) -> float:
+        known = values[values > -1]
+        return float(100 * known.mean()) if known.size else float("nan")
+
+    return {
+        "AP": mean(precision),
+        "AP50": mean(precision[np.isclose(thresholds, 0.5)]),
+        "AP75": mean(precision[np.isclose(thresholds, 0.75)]),
+    }
