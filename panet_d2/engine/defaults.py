@@ -15,6 +15,7 @@ from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
+from yaml import YAMLError
 
 from ..checkpoint import StrictCheckpointer
 from ..config import ConfigError, add_panet_config
@@ -53,12 +54,10 @@ def setup_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
         if config_file:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
-    except FileNotFoundError as e:
-        raise ConfigError(f"there is no config file {e.filename or config_file}") from e
-    except (KeyError, ValueError, AssertionError) as e:
-        # yacs names the key, and reports what it does not know with any of these.
-        message = e.args[0] if e.args else e
-        raise ConfigError(f"{config_file} {' '.join(opts)}".strip() + f": {message}") from e
+    except (OSError, KeyError, ValueError, AssertionError, YAMLError) as e:
+        # Each names the file or key; fvcore and yacs raise any of these.
+        what = " ".join([config_file, *opts]).strip()
+        raise ConfigError(f"{what}: {e.args[0] if isinstance(e, KeyError) else e}") from e
     if not cfg.MODEL.DEVICE:
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         if cfg.MODEL.DEVICE == "cpu":

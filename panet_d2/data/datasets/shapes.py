@@ -68,18 +68,26 @@ def _distance(category: int, x: np.ndarray, y: np.ndarray, slim: float) -> np.nd
     if name == "ring":
         hole = 0.45 + 0.2 * slim
         return np.abs(np.hypot(x, y) - (1 + hole) / 2) - (1 - hole) / 2
-    long, wide = 0.95, 0.36 - 0.1 * slim
+    wide = _arm(slim)
+    long = np.sqrt(1 - wide**2)
     return np.minimum(np.maximum(ax - long, ay - wide), np.maximum(ax - wide, ay - long))
 
 
-def _corners(category: int) -> np.ndarray:
+def _arm(slim: float) -> float:
+    """Half the width of a cross's arms."""
+    return 0.36 - 0.1 * slim
+
+
+def _corners(category: int, slim: float) -> np.ndarray:
     """Points, 2 x N, with the same bounding box as the shape at any rotation."""
-    start, count = {
-        "square": (np.pi / 4, 4),
-        "triangle": (np.pi / 2, 3),
-        "star": (np.pi / 2, 5),
-    }.get(CLASSES[category], (0.0, 64))
-    angle = start + 2 * np.pi * np.arange(count) / count
+    tilt = np.arcsin(_arm(slim))
+    first, count = {
+        "square": ([np.pi / 4], 4),
+        "triangle": ([np.pi / 2], 3),
+        "star": ([np.pi / 2], 5),
+        "cross": ([-tilt, tilt], 4),
+    }.get(CLASSES[category], ([0.0], 64))
+    angle = np.add.outer(first, 2 * np.pi * np.arange(count) / count).ravel()
     return np.stack([np.cos(angle), np.sin(angle)])
 
 
@@ -88,7 +96,7 @@ def _draw(rng: np.random.Generator, category: int, side: float) -> np.ndarray:
     angle, aspect, slim = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1), rng.random()
     cos, sin = np.cos(angle), np.sin(angle)
     frame = np.array([[cos, -sin], [sin, cos]]) * [1, aspect]
-    corners = frame @ _corners(category)
+    corners = frame @ _corners(category, slim)
     low, high = corners.min(axis=1), corners.max(axis=1)
     scale = side / (high - low).max()
     # Anywhere between two pixels, so that small shapes are not all alike.
@@ -315,8 +323,9 @@ def _remove_stale(folder: str) -> None:
 
 def ensure_shapes(root: str | None = None) -> str:
     """
-    Make the data set, well under a minute's work and 130 MB on disk, unless it is there already. Any number of processes
-    may do so at once, and each may be killed: the folder is there as a whole or not at all.
+    Make the data set, unless it is there already: well under a minute's work and 130 MB on disk.
+    Any number of processes may do so at once, and each may be killed: the folder is there as a
+    whole or not at all.
 
     Args:
         root (str | None): folder for caches. By default the environment variable

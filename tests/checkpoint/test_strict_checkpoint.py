@@ -1,0 +1,85 @@
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from panet_d2.checkpoint import CheckpointError, StrictCheckpointer
+
+
+class Model(nn.Module):
+    def __init__(self, width=3, extra=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
+        self.head = nn.Linear(width, 2)
+        if extra:
+            self.extra = nn.Linear(1, 1)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": Model().state_dict(), "iteration": 7}, path)
+    return str(path)
+
+
+def test_loads_what_fits(path):
+    model = Model()
+    rest = StrictCheckpointer(model).load(path)
+    assert rest["iteration"] == 7
+    expected = torch.load(path)["model"]
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_missing_names_are_listed(path):
+    with pytest.raises(CheckpointError, match=r"2 missing from it: extra.*bias|extra.*weight"):
+        StrictCheckpointer(Model(extra=True)).load(path)
+
+
+def test_unexpected_names_are_listed(tmp_path):
+    torch.save({"model": Model(extra=True).state_dict()}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="2 in it but not in the model: extra"):
+        StrictCheckpointer(Model()).load(str(tmp_path / "model.pth"))
+
+
+def test_other_shapes_are_listed(path):
+    with pytest.raises(
+        CheckpointError,
+        match=r"of another shape.*head.weight \(checkpoint \(2, 3\), model \(2, 4\)\)",
+    ):
+        StrictCheckpointer(Model(width=4)).load(path)
+
+
+def test_required_part_must_be_whole_and_the_rest_may_be_new(path):
+    state = Model().state_dict()
+    del state["head.bias"]
+    state["head.weight"] = torch.zeros(5, 3)
+    state["other.weight"] = torch.zeros(1)
+    torch.save({"model": state}, path)
+    StrictCheckpointer(Model(), required=["body."]).load(path)
+    del state["body.0.bias"]
+    torch.save({"model": state}, path)
+    with pytest.raises(CheckpointError, match="1 missing from it: body.0.bias"):
+        StrictCheckpointer(Model(), required=["body."]).load(path)
+
+
+def test_counts_of_batches_may_be_missing(path):
+    state = Model().state_dict()
+    del state["body.1.num_batches_tracked"]
+    torch.save({"model": state}, path)
+    StrictCheckpointer(Model()).load(path)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps([1])[:-1]])
+def test_not_a_checkpoint(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is not a checkpoint"):
+        StrictCheckpointer(Model()).load(str(tmp_path / name))
+
+
+def test_no_checkpoint():
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
+        StrictCheckpointer(Model()).load("")
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is 'lost.pth'"):
+        StrictCheckpointer(Model()).load("lost.pth")

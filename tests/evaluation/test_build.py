@@ -1,0 +1,52 @@
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+
+from panet_d2 import ConfigError
+from panet_d2.data import register_coco_file
+from panet_d2.evaluation import build_evaluator
+
+from ..common import tiny_cfg, write_coco
+
+
+@pytest.mark.parametrize("detections, limit", [(50, 100), (100, 100), (400, 400)])
+def test_limit_follows_the_config(tmp_path, detections, limit):
+    register_coco_file("evaluated", *write_coco(tmp_path))
+    cfg = tiny_cfg("TEST.DETECTIONS_PER_IMAGE", detections, "OUTPUT_DIR", str(tmp_path))
+    evaluator = build_evaluator(cfg, "evaluated")
+    assert isinstance(evaluator, COCOEvaluator)
+    assert evaluator._max_dets_per_image[-1] == limit
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("lvis", "LVISEvaluator"),
+        ("cityscapes_instance", "CityscapesInstanceEvaluator"),
+        ("cityscapes_sem_seg", "CityscapesSemSegEvaluator"),
+        ("pascal_voc", "PascalVOCDetectionEvaluator"),
+        ("sem_seg", "SemSegEvaluator"),
+    ],
+)
+def test_picked_by_type(monkeypatch, kind, name):
+    made = []
+    monkeypatch.setattr(
+        f"panet_d2.evaluation.build.{name}", lambda *args, **kwargs: made.append(args) or name
+    )
+    MetadataCatalog.get(f"some_{kind}").evaluator_type = kind
+    assert build_evaluator(tiny_cfg(), f"some_{kind}") == name
+    assert made[0][0] == f"some_{kind}"
+
+
+def test_panoptic_has_three(monkeypatch):
+    for name in ("SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"):
+        monkeypatch.setattr(f"panet_d2.evaluation.build.{name}", lambda *a, _n=name, **k: _n)
+    MetadataCatalog.get("some_panoptic").evaluator_type = "coco_panoptic_seg"
+    parts = build_evaluator(tiny_cfg(), "some_panoptic")._evaluators
+    assert parts == ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"]
+
+
+def test_unknown_type():
+    MetadataCatalog.get("some_oddity").evaluator_type = "oddity"
+    with pytest.raises(ConfigError, match="'some_oddity'.*'oddity'.*coco, "):
+        build_evaluator(tiny_cfg(), "some_oddity")

@@ -1,0 +1,112 @@
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+
+from panet_d2.evaluation import average_precision, draw_comparison, match_predictions
+
+from ..common import write_coco
+
+
+@pytest.fixture
+def coco(tmp_path):
+    json_file, _ = write_coco(tmp_path, num_images=3)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(json_file)
+
+
+def prediction(annotation, score=0.9, **changes):
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    return {**{k: annotation[k] for k in keys}, "score": score, **changes}
+
+
+def test_perfect(coco):
+    results = [prediction(a) for a in coco.anns.values()]
+    matches = match_predictions(coco, results)
+    assert {i: len(m.found) for i, m in matches.items()} == {1: 2, 2: 2, 3: 2}
+    assert all(m.error_rate == 0 for m in matches.values())
+    for iou_type in ("segm", "bbox"):
+        ap = average_precision(coco, results, iou_type)
+        assert ap == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+def test_wrong_class_low_score_duplicate_and_miss(coco):
+    first, second = (a for a in coco.anns.values() if a["image_id"] == 1)
+    results = [
+        prediction(first),
+        prediction(first, score=0.8),  # found already
+        prediction(second, category_id=1 + second["category_id"] % 3),
+        prediction(second, score=0.4),  # below the threshold
+    ]
+    matches = match_predictions(coco, results)
+    match = matches[1]
+    assert [p["score"] for p in match.found] == [0.9]
+    assert sorted(p["score"] for p in match.false_positives) == [0.8, 0.9]
+    assert [a["id"] for a in match.missed] == [second["id"]]
+    assert match.error_rate == pytest.approx(3 / 4)
+    assert len(matches[2].missed) == 2 and matches[2].error_rate == 1
+
+
+def test_overlap_decides(coco):
+    annotation = coco.anns[1]
+    x, y, w, h = annotation["bbox"]
+    mask = np.zeros((64, 96), np.uint8)
+    mask[y : y + h, x : x + int(0.6 * w)] = 1
+    part = mask_util.encode(np.asfortranarray(mask))
+    part["counts"] = part["counts"].decode()
+    results = [prediction(annotation, segmentation=part)]
+    assert len(match_predictions(coco, results, iou_threshold=0.5)[1].found) == 1
+    assert len(match_predictions(coco, results, iou_threshold=0.75)[1].found) == 0
+
+
+def test_no_predictions(coco):
+    matches = match_predictions(coco, [])
+    assert [len(m.missed) for m in matches.values()] == [2, 2, 2]
+    assert average_precision(coco, [])["AP"] == 0
+
+
+def test_crowds_are_neither_right_nor_wrong(coco):
+    coco.anns[1]["iscrowd"] = 1
+    matches = match_predictions(coco, [prediction(coco.anns[1])])
+    assert not matches[1].found and not matches[1].false_positives
+    assert len(matches[1].missed) == 1
+
+
+def test_agrees_with_the_evaluator(coco, tmp_path):
+    """With detections of every kind, against pycocotools' own summary."""
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    results = [prediction(a, score=rng.random()) for a in coco.anns.values() for _ in range(2)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "segm")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    ap = average_precision(coco, results)
+    assert [ap["AP"], ap["AP50"], ap["AP75"]] == pytest.approx(list(100 * evaluator.stats[:3]))
+
+
+def test_pictures_show_the_errors(coco):
+    image = np.zeros((64, 96, 3), np.uint8)
+    first, second = (a for a in coco.anns.values() if a["image_id"] == 1)
+    empty = {**first, "bbox": [70, 50, 10, 10]}
+    empty.pop("segmentation")
+    results = [prediction(first), prediction(second, category_id=1 + second["category_id"] % 3)]
+    match = match_predictions(coco, results)[1]
+    picture = draw_comparison(image, coco.imgToAnns[1], match, coco)
+    panel = picture.shape[1] // 2 - 3
+    assert picture.shape == (64 * 6 + 26, 2 * 96 * 6 + 6, 3)  # enlarged six times
+    right = picture[26:, panel + 6 :].astype(int)
+
+    def centre(annotation):
+        x, y, w, h = annotation["bbox"]
+        return right[6 * (y + h // 2) + 3, 6 * (x + w // 2) + 3]
+
+    assert centre(first)[1] > centre(first)[0]  # found: green
+    assert centre(second)[0] > centre(second)[1]  # false positive: red
+    assert right[3, 3].tolist() == [0, 0, 0]

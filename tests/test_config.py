@@ -1,0 +1,46 @@
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from panet_d2 import ConfigError, add_panet_config
+from panet_d2.config import checked
+
+
+def leaves(node, prefix=""):
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            found.update(leaves(value, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def test_only_adds():
+    stock, cfg = get_cfg(), get_cfg()
+    add_panet_config(cfg)
+    before, after = leaves(stock), leaves(cfg)
+    assert {k: after[k] for k in before} == before
+
+
+def test_everything_is_off():
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    assert [cfg.MODEL[f"ROI_{h}_HEAD"].AFP.ENABLED for h in ("BOX", "MASK", "KEYPOINT")] == [
+        False
+    ] * 3
+    assert cfg.MODEL.BACKBONE.NAME == get_cfg().MODEL.BACKBONE.NAME
+    assert cfg.DATASETS.REGISTER_COCO == ()
+
+
+def test_heads_do_not_share_a_node():
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    cfg.MODEL.ROI_BOX_HEAD.AFP.FUSION = "sum"
+    assert cfg.MODEL.ROI_MASK_HEAD.AFP.FUSION == "max"
+
+
+def test_checked():
+    cfg = get_cfg()
+    assert checked(cfg, "MODEL.FPN.FUSE_TYPE", ["sum", "avg"]) == "sum"
+    with pytest.raises(ConfigError, match=r"MODEL.FPN.FUSE_TYPE is 'sum'.*one of 'avg', 'max'"):
+        checked(cfg, "MODEL.FPN.FUSE_TYPE", ["avg", "max"])

@@ -1,0 +1,167 @@
+"""The command line, as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .common import tiny_cfg, write_coco
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A config, its data set, and a finished run of 60 steps in `run`."""
+    folder = tmp_path_factory.mktemp("train_net")
+    json_file, root = write_coco(folder / "squares", num_images=6)
+    cfg = tiny_cfg(
+        *("DATASETS.REGISTER_COCO", [["net_squares", json_file, root]]),
+        *("DATASETS.TRAIN", ["net_squares"]),
+        *("DATASETS.TEST", ["net_squares"]),
+        *("SOLVER.IMS_PER_BATCH", 2),
+        *("SOLVER.BASE_LR", 0.01),
+        *("SOLVER.MAX_ITER", 60),
+        *("SOLVER.STEPS", [50]),
+        *("SOLVER.WARMUP_ITERS", 10),
+        *("SOLVER.CHECKPOINT_PERIOD", 50),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+        *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0),
+        *("SEED", 1),
+    )
+    (folder / "config.yaml").write_text(cfg.dump())
+    done = train_net(folder, "OUTPUT_DIR", str(folder / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def train_net(folder, *args):
+    command = [sys.executable, "train_net.py", "--config-file", str(folder / "config.yaml"), *args]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def last_results(run):
+    """The last evaluation in a run's metrics.json, without losses and times."""
+    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    evaluated = [line for line in lines if "segm/AP" in line][-1]
+    return {k: v for k, v in evaluated.items() if k.startswith(("bbox/", "segm/"))}
+
+
+def printed(done, task):
+    """The numbers that Detectron2 prints for pasting, as one list."""
+    lines = [line.split("copypaste: ")[-1] for line in done.stdout.splitlines()]
+    return [float(v) for v in lines[lines.index(f"Task: {task}") + 2].split(",")]
+
+
+def test_trains_and_says_where(folder):
+    run = folder / "run"
+    assert (run / "model_final.pth").is_file() and (run / "config.yaml").is_file()
+    assert last_results(run)["bbox/AP50"] > 1  # it has learned to find squares
+
+
+def test_eval_only_gives_the_same_numbers(folder):
+    run = folder / "run"
+    weights = str(run / "model_final.pth")
+    done = train_net(
+        folder, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(folder / "eval")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = last_results(run)
+    for task in ("bbox", "segm"):
+        expected = [trained[f"{task}/{k}"] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+        assert printed(done, task) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+def test_eval_only_of_the_run_itself(folder):
+    done = train_net(folder, "--eval-only", "--resume", "OUTPUT_DIR", str(folder / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert printed(done, "segm")[0] == pytest.approx(
+        last_results(folder / "run")["segm/AP"], abs=1e-4
+    )
+
+
+def test_test_time_augmentation(folder):
+    done = train_net(
+        folder,
+        "--eval-only",
+        *("MODEL.WEIGHTS", str(folder / "run/model_final.pth")),
+        *("OUTPUT_DIR", str(folder / "tta")),
+        *("TEST.AUG.ENABLED", "True"),
+        *("TEST.AUG.MIN_SIZES", "(64, 96)"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "tta/inference_TTA/coco_instances_results.json").is_file()
+
+
+def test_resumes_where_it_stopped(folder):
+    run, half = folder / "run", folder / "half"
+    half.mkdir()
+    (half / "model_0000049.pth").write_bytes((run / "model_0000049.pth").read_bytes())
+    (half / "last_checkpoint").write_text("model_0000049.pth")
+    done = train_net(folder, "--resume", "OUTPUT_DIR", str(half))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Starting training from iteration 50" in done.stdout
+    resumed, whole = (torch.load(d / "model_final.pth") for d in (half, run))
+    assert resumed["iteration"] == whole["iteration"] == 59
+    assert resumed["model"].keys() == whole["model"].keys()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["OUTPUT_DIR", "{run}"], "holds another run.*--resume"),
+        (["--eval-only", "OUTPUT_DIR", "{new}"], "MODEL.WEIGHTS is empty"),
+        (
+            ["--eval-only", "MODEL.WEIGHTS", "{run}/metrics.json", "OUTPUT_DIR", "{new}"],
+            "metrics.json is not a checkpoint",
+        ),
+        (
+            [
+                *("--eval-only", "MODEL.WEIGHTS", "{run}/model_final.pth", "OUTPUT_DIR", "{new}"),
+                *("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", "False"),
+            ],
+            "not in the model: roi_heads.mask_head.fc_fusion",
+        ),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "5", "OUTPUT_DIR", "{new}"], "is 5.*has 3 classes"),
+        (["MODEL.ROI_BOX_HEAD.AFP.FUSION", "or", "OUTPUT_DIR", "{new}"], "AFP.FUSION is 'or'"),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, args, message):
+    places = {"run": folder / "run", "new": folder / "new"}
+    done = train_net(folder, *(a.format(**places) for a in args))
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(message, error), error
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_of_another_run_is_lost(folder):
+    before = {p: p.stat().st_mtime for p in (folder / "run").rglob("*")}
+    train_net(folder, "OUTPUT_DIR", str(folder / "run"))
+    assert {p: p.stat().st_mtime for p in (folder / "run").rglob("*")} == before
+
+
+def test_broken_image_is_named(folder, tmp_path):
+    json_file, root = write_coco(tmp_path / "squares", num_images=2)
+    (Path(root) / "002.png").write_bytes(b"no image")
+    done = train_net(
+        folder,
+        *("DATASETS.REGISTER_COCO", str([["broken_squares", json_file, root]])),
+        *("DATASETS.TRAIN", "('broken_squares',)", "DATASETS.TEST", "()"),
+        *("OUTPUT_DIR", str(tmp_path / "run")),
+    )
+    assert done.returncode == 1
+    assert "002.png" in done.stderr.strip().splitlines()[-1]
