@@ -1,0 +1,300 @@
+#!/usr/bin/env python
+"""
+Run a trained model on images, a video or a webcam, and show or save what it finds.
+
+    python demo/demo.py --config-file X.yaml --input a.jpg folder 'more/*.png' --output pictures \\
+        --json results.json --opts MODEL.WEIGHTS model_final.pth
+
+Exit code: 0 if all went well, 1 if some input could not be used, 2 if nothing could be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.video_visualizer import VideoVisualizer
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+from tqdm import tqdm
+
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.config import ConfigError
+from panet_d2.data import DataError
+from panet_d2.engine import Predictor, setup_config
+
+IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
+# Codecs for each kind of video, best first: which of them work depends on the build of OpenCV.
+VIDEOS = {".mp4": ("mp4v", "avc1"), ".avi": ("MJPG", "XVID"), ".mkv": ("mp4v", "MJPG")}
+WINDOW, NO_KEY, QUIT_KEYS = "panet_d2", 255, (27, ord("q"))  # 27 is Esc
+
+
+class DemoError(ValueError):
+    """Something that the user gave cannot work. The message is one sentence that says what."""
+
+
+def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Understand a command line; arguments and errors are those of :func:`main`."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+    source = parser.add_mutually_exclusive_group(required=True)
+    text = "images, folders of images (without their subfolders), glob patterns"
+    source.add_argument("--input", nargs="+", metavar="PATH", help=text)
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", nargs="?", type=int, const=0, help="its number; Ctrl-C ends it")
+    text = """where to save pictures or video: a folder, made if absent, or a file for one image
+        or a video; without --output and --json a window opens: q or Esc quits, other keys go on"""
+    parser.add_argument("--output", metavar="PATH", help=text)
+    text = """save the detections in COCO's result format; image_id is the image's file name as
+        given or found, in a video the number of the frame from 0; each has its file_name, too"""
+    parser.add_argument("--json", metavar="FILE", help=text)
+    text = "leave out what scores lower; from 0 to 1, default 0.5"
+    parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="P", help=text)
+    text = "config overrides KEY VALUE ..., such as MODEL.WEIGHTS model_final.pth; must come last"
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY", help=text)
+    args = parser.parse_args(argv)
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error("--confidence-threshold must be from 0 to 1")
+    return args
+
+
+def say(message: str) -> None:
+    """Print one line to stderr, without tearing the progress bar apart."""
+    tqdm.write(" ".join(message.split()), file=sys.stderr)
+
+
+class Model:
+    """A model with what it takes to draw and to write down its output."""
+
+    def __init__(self, args: argparse.Namespace):
+        """Build it; raises what setup_config and Predictor of panet_d2.engine raise."""
+        cfg = setup_config(args.config_file, args.opts)
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
+        cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
+        self.predictor = Predictor(cfg)
+        known = MetadataCatalog.get(cfg.DATASETS.TEST[0]).as_dict() if cfg.DATASETS.TEST else {}
+        if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":  # whose output is not drawn without names
+            for kind, node in (("thing", cfg.MODEL.ROI_HEADS), ("stuff", cfg.MODEL.SEM_SEG_HEAD)):
+                known.setdefault(f"{kind}_classes", [str(i) for i in range(node.NUM_CLASSES)])
+        self.metadata = Metadata(**known)
+        numbers = known.get("thing_dataset_id_to_contiguous_id", {})
+        self.category_ids = {number: category_id for category_id, number in numbers.items()}
+        # From frame to frame, an object keeps its color.
+        self.video = None if args.input else VideoVisualizer(self.metadata)
+
+    def draw(self, image: np.ndarray, outputs: Dict[str, Any]) -> np.ndarray:
+        """Return a BGR picture of a BGR image and the model's output for it."""
+        method, arguments = "draw_instance_predictions", [outputs["instances"].to("cpu")]
+        if "panoptic_seg" in outputs:
+            segments, info = outputs["panoptic_seg"]
+            method, arguments = "draw_panoptic_seg_predictions", [segments.to("cpu"), info]
+        rgb = image[:, :, ::-1]
+        if self.video is None:
+            drawn = getattr(Visualizer(rgb, self.metadata), method)(*arguments)
+        else:
+            drawn = getattr(self.video, method)(rgb, *arguments)
+        return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+
+    def results(self, outputs: Dict[str, Any], image_id: Any, file_name: str) -> List[dict]:
+        """Return the detections as ``--json`` has them. This may move the keypoints of outputs."""
+        results = instances_to_coco_json(outputs["instances"].to("cpu"), image_id)
+        for result in results:
+            number = result["category_id"]
+            result.update(category_id=self.category_ids.get(number, number), file_name=file_name)
+        return results
+
+
+def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Return the images of these paths, and the paths that have none; DemoError if none has."""
+    images: Dict[str, str] = {}
+    empty = []
+    for path in map(os.path.expanduser, given):
+        found = [path]
+        if not os.path.isfile(path):
+            pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
+            found = [p for p in sorted(glob.glob(pattern)) if p.lower().endswith(IMAGES)]
+        images.update({os.path.abspath(p): p for p in found})
+        empty += [] if found else [path]
+    if not images:
+        raise DemoError(f"no image found in {', '.join(empty)}")
+    for path in empty:
+        say(f"no image found in {path}")
+    return list(images.values()), empty
+
+
+def read_images(paths: Sequence[str], failed: List[str]) -> Iterator[Tuple[str, str, np.ndarray]]:
+    """Yield (image_id, file name, BGR image), and add what cannot be read to ``failed``."""
+    for path in paths:
+        try:
+            image = read_image(path, format="BGR")
+        except Exception as e:  # the decoders raise nearly anything when a file is broken
+            say(f"cannot read image {path}: {e or type(e).__name__}")
+            failed.append(path)
+        else:
+            yield path, path, image
+
+
+def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Tuple[int, str, np.ndarray]]:
+    """Yield (image_id, file name, BGR image); raise DemoError if there is no frame."""
+    index, (there_is_one, frame) = 0, capture.read()
+    if not there_is_one:
+        raise DemoError(f"no frame can be read from {name}")
+    while there_is_one:
+        yield index, name, frame
+        index, (there_is_one, frame) = index + 1, capture.read()
+
+
+def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
+    """Begin a video of pictures of this size; raise DemoError if no codec can."""
+    codecs = VIDEOS[Path(file).suffix.lower()]
+    for codec in codecs:
+        writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*codec), fps, picture.shape[1::-1])
+        if writer.isOpened():
+            return writer
+    raise DemoError(f"OpenCV cannot write the video {file} (codecs tried: {', '.join(codecs)})")
+
+
+def output_files(names: Sequence[str], output: str, endings: Sequence[str]) -> Dict[str, str]:
+    """
+    Return the output file of each of ``names``: ``output`` or a file in it. It has one of these
+    endings, by default the first. Raise DemoError if not each can have one of its own.
+    """
+    if os.path.isdir(output) or output.endswith(("/", os.sep)) or not Path(output).suffix:
+        files = [os.path.join(output, os.path.basename(name)) for name in names]
+        files = [f if f.lower().endswith(tuple(endings)) else f + endings[0] for f in files]
+        if len(set(files)) < len(files):
+            raise DemoError(f"several images would be saved as {max(files, key=files.count)}")
+        return dict(zip(names, files))
+    if not output.lower().endswith(tuple(endings)):
+        raise DemoError(f"--output {output} must be a folder or end in {', '.join(endings)}")
+    if len(names) > 1:
+        raise DemoError(f"--output {output} is one file, but there are {len(names)} images")
+    return {names[0]: output}
+
+
+def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
+    """Make the folders of these files; raise DemoError if that would overwrite one to keep."""
+    kept = {os.path.realpath(path) for path in keep}
+    for file in files:
+        if os.path.isdir(file) or os.path.realpath(file) in kept:
+            raise DemoError(f"{file} is a folder or an input, and will not be overwritten")
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+
+
+def write_json(file: str, content: Any) -> None:
+    """Write a file whole or, raising OSError, not at all."""
+    unfinished = f"{file}.{os.getpid()}.tmp"
+    try:
+        with open(unfinished, "w") as f:
+            json.dump(content, f)
+        os.replace(unfinished, file)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def check_display() -> None:
+    """Raise DemoError if no window can be opened."""
+    # Tried in another process, because Qt, which OpenCV may use, ends a process that it fails in.
+    code = "import cv2; cv2.namedWindow('w'); cv2.destroyAllWindows()"
+    try:
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    except subprocess.SubprocessError as e:
+        raise DemoError("no window can be opened here; save to files with --output") from e
+
+
+def show(picture: np.ndarray, delay: int) -> bool:
+    """Show a BGR picture for some ms, 0 for until a key is pressed; return whether to go on."""
+    cv2.imshow(WINDOW, picture)
+    while True:
+        key = cv2.waitKey(delay or 50) & NO_KEY
+        if key in QUIT_KEYS or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1:
+            return False
+        if delay or key != NO_KEY:
+            return True
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; return the exit code, or raise what :func:`main` reports."""
+    failed: List[str] = []
+    if args.input:
+        names, failed = find_images(args.input)
+        items, total, endings = read_images(names, failed), len(names), IMAGES
+    else:
+        names = [args.video_input or f"webcam-{args.webcam}"]
+        capture = cv2.VideoCapture(args.video_input or args.webcam)
+        if not capture.isOpened():
+            raise DemoError(f"cannot open {names[0]} as a video")
+        items, endings = read_frames(capture, names[0]), tuple(VIDEOS)
+        total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # webcams have none
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        fps = fps if 0 < fps < 1000 else 30.0  # a wrong one keeps the writer from opening
+    given = len(names) + len(failed)
+    files = output_files(names, args.output, endings) if args.output else {}
+    to_write = [*files.values(), *filter(None, [args.json])]
+    make_way(to_write, keep=[*names, args.config_file])
+    if not to_write:
+        check_display()
+    model, writer, results = Model(args), cv2.VideoWriter(), []
+    try:
+        for image_id, name, image in tqdm(items, total=total or None, disable=not to_write):
+            outputs = model.predictor(image)
+            if args.output and args.input:
+                picture = Image.fromarray(model.draw(image, outputs)[:, :, ::-1])
+                picture.save(files[name], quality=95)
+            elif args.output:
+                picture = model.draw(image, outputs)
+                writer = writer if writer.isOpened() else open_writer(files[name], fps, picture)
+                writer.write(picture)
+            elif not args.json and not show(model.draw(image, outputs), 0 if args.input else 1):
+                break
+            if args.json:  # after the drawing, for the keypoints
+                results += model.results(outputs, image_id, name)
+    except KeyboardInterrupt:
+        if args.webcam is None:
+            raise
+    finally:
+        writer.release()
+    if args.json and len(failed) < given:
+        write_json(args.json, results)
+    if failed and given > 1:
+        say(f"{len(failed)} of {given} inputs could not be used")
+    return 1 if failed else 0
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """
+    Args:
+        argv (list[str] or None): the command line, without the program; None for the real one.
+
+    Returns:
+        int: the exit code, as described at the top of this file.
+
+    Raises:
+        SystemExit: if argparse does not understand the command line; its code is 2.
+    """
+    args = parse(argv)
+    try:
+        return run(args)
+    except (DemoError, ConfigError, CheckpointError, DataError, OSError) as e:
+        say(f"error: {e}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,464 @@
+"""The demo, from its command line to the files that it writes, on a small random model."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+
+from panet_d2 import add_panet_config
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "demo.py"
+DATASET = "demo_test_data"
+CATEGORY_IDS = [7, 9]
+HEIGHT, WIDTH = 48, 64
+
+
+def _load_demo():
+    spec = importlib.util.spec_from_file_location("panet_d2_demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = _load_demo()
+
+
+def _picture(seed):
+    noise = np.random.RandomState(seed).randint(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+
+def _write_images(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        Image.fromarray(_picture(seed)).save(folder / name)
+    return folder
+
+
+def _config(folder):
+    """A PANet that is as small as its parts allow."""
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_pafpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32], [64], [128]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
+    cfg.MODEL.ROI_HEADS.NAME = "PANetROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CATEGORY_IDS)
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "PANetMaskHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 4
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.INPUT.MAX_SIZE_TEST = 96
+    cfg.TEST.DETECTIONS_PER_IMAGE = 5
+    cfg.DATASETS.TRAIN = ()
+    cfg.DATASETS.TEST = ()
+    return cfg
+
+
+def _save_model(cfg, path):
+    """Random weights, with which the first class is found with a score of about 0.99."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    torch.save({"model": model.state_dict()}, path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The part of the command line that names the model: its data set has classes 7 and 9."""
+    folder = tmp_path_factory.mktemp("model")
+    _write_images(folder / "images", "known.png")
+    annotations = {
+        "images": [{"id": 1, "file_name": "known.png", "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": i, "name": f"class-{i}"} for i in CATEGORY_IDS],
+        "annotations": [],
+    }
+    (folder / "annotations.json").write_text(json.dumps(annotations))
+    cfg = _config(folder)
+    _save_model(cfg, folder / "model.pth")
+    cfg.MODEL.WEIGHTS = str(folder / "model.pth")
+    cfg.DATASETS.REGISTER_COCO = [
+        [DATASET, str(folder / "annotations.json"), str(folder / "images")]
+    ]
+    cfg.DATASETS.TEST = [DATASET]
+    (folder / "config.yaml").write_text(cfg.dump())
+    yield ["--config-file", str(folder / "config.yaml")]
+    if DATASET in DatasetCatalog:
+        DatasetCatalog.remove(DATASET)
+        MetadataCatalog.remove(DATASET)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return _write_images(tmp_path / "images", "b.png", "a.jpg", "c.bmp")
+
+
+def _assert_is_drawing(path, original):
+    drawing = np.asarray(Image.open(path).convert("RGB"))
+    assert drawing.shape == original.shape
+    assert np.abs(drawing.astype(int) - original).mean() > 1, "nothing is drawn"
+
+
+def _assert_error(capfd, *parts):
+    """That stderr is one line with these parts."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    for part in ("error: ", *parts):
+        assert str(part) in lines[0]
+
+
+@pytest.mark.parametrize("name", ["out.png", "new/folder/out.jpg"])
+def test_one_image_to_a_file(model, images, tmp_path, name):
+    argv = [*model, "--input", str(images / "a.jpg"), "--output", str(tmp_path / name)]
+    assert demo.main(argv) == 0
+    _assert_is_drawing(tmp_path / name, _picture(1))
+
+
+def test_folder_to_folder(model, images, tmp_path):
+    (images / "notes.txt").write_text("not an image")
+    _write_images(images / "subfolder", "not_searched.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.jpg").write_text("from an earlier run")
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
+    assert demo.main(argv) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "b.png", "c.bmp"]
+    _assert_is_drawing(tmp_path / "out" / "a.jpg", _picture(1))
+    _assert_is_drawing(tmp_path / "out" / "b.png", _picture(0))
+
+
+def test_inputs_are_sorted_and_unique(tmp_path):
+    folder = _write_images(tmp_path / "in[1]", "10.png", "02.PNG", "1.jpg")
+    given = [str(folder / "10.png"), str(folder), str(folder) + "/./1.jpg"]
+    found, empty = demo.find_images(given)
+    assert [os.path.basename(path) for path in found] == ["10.png", "02.PNG", "1.jpg"]
+    assert empty == []
+
+
+def test_glob_and_json(model, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    out = tmp_path / "new" / "results.json"
+    assert demo.main([*model, "--input", "*.[jp][pn]g", "--json", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert list(dict.fromkeys(r["image_id"] for r in results)) == ["a.jpg", "b.png"]
+    assert sorted(os.listdir(images)) == ["a.jpg", "b.png", "c.bmp"]  # no pictures, nothing left
+    assert os.listdir(out.parent) == [out.name]
+    for r in results:
+        assert r["file_name"] == r["image_id"]
+        assert r["category_id"] == CATEGORY_IDS[0]
+        assert 0.5 < r["score"] <= 1
+        x, y, w, h = r["bbox"]
+        assert 0 <= x <= x + w <= WIDTH and 0 <= y <= y + h <= HEIGHT
+        assert isinstance(r["segmentation"]["counts"], str)
+        assert mask_util.decode(r["segmentation"]).shape == (HEIGHT, WIDTH)
+
+    known = COCO()
+    known.dataset = {
+        "images": [{"id": i, "height": HEIGHT, "width": WIDTH} for i in ("a.jpg", "b.png")],
+        "categories": [{"id": i, "name": str(i)} for i in CATEGORY_IDS],
+        "annotations": [],
+    }
+    known.createIndex()
+    assert len(known.loadRes(str(out)).getAnnIds(imgIds=["a.jpg"])) == 5
+
+
+def test_threshold_of_one_finds_nothing(model, images, tmp_path):
+    argv = [*model, "--input", str(images), "--json", str(tmp_path / "r.json")]
+    assert demo.main([*argv, "--confidence-threshold", "1.0"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text()) == []
+
+
+def test_threshold_is_a_probability(model, images, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main([*model, "--input", str(images), "--confidence-threshold", "50"])
+    assert "--confidence-threshold must be from 0 to 1" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_skipped(model, images, tmp_path, capfd):
+    (images / "broken.png").write_text("not a PNG")
+    whole = (images / "b.png").read_bytes()
+    (images / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    argv = [*model, "--input", str(images), str(tmp_path / "none" / "*.png")]
+    argv += ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]
+    assert demo.main(argv) == 1
+    err = capfd.readouterr().err
+    assert f"cannot read image {images / 'broken.png'}: " in err
+    assert f"cannot read image {images / 'truncated.png'}: " in err
+    assert f"no image found in {tmp_path / 'none' / '*.png'}" in err
+    assert err.rstrip().endswith("3 of 6 inputs could not be used")
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "b.png", "c.bmp"]
+    assert len({r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())}) == 3
+
+
+def test_one_unreadable_image(model, tmp_path, capfd):
+    (tmp_path / "broken.png").write_text("not a PNG")
+    argv = [*model, "--input", str(tmp_path / "broken.png"), "--json", str(tmp_path / "r.json")]
+    assert demo.main(argv) == 1
+    err = capfd.readouterr().err
+    assert err.count("broken.png: ") == 1 and "inputs" not in err
+    assert os.listdir(tmp_path) == ["broken.png"]  # [] would say that nothing is in the image
+
+
+def test_no_input_found(model, tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    argv = [*model, "--output", str(tmp_path / "out"), "--input"]
+    assert demo.main([*argv, str(tmp_path / "empty"), str(tmp_path / "x*.png"), "y.png"]) == 2
+    _assert_error(capfd, f"no image found in {tmp_path / 'empty'}, {tmp_path / 'x*.png'}, y.png")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_inputs_are_not_overwritten(model, images, tmp_path, capfd, link):
+    output = images
+    if link:
+        output = tmp_path / "link"
+        output.symlink_to(images, target_is_directory=True)
+    before = (images / "a.jpg").read_bytes()
+    assert demo.main([*model, "--input", str(images), "--output", str(output)]) == 2
+    _assert_error(capfd, output / "a.jpg", "will not be overwritten")
+    assert (images / "a.jpg").read_bytes() == before
+
+
+def test_json_does_not_overwrite_the_config(model, images, capfd):
+    before = Path(model[1]).read_bytes()
+    assert demo.main([*model, "--input", str(images), "--json", model[1]]) == 2
+    _assert_error(capfd, model[1], "will not be overwritten")
+    assert Path(model[1]).read_bytes() == before
+
+
+def test_outputs_that_cannot_be(model, images, tmp_path, capfd):
+    argv = [*model, "--input", str(images), "--output"]
+    assert demo.main([*argv, str(tmp_path / "out.png")]) == 2
+    _assert_error(capfd, "out.png is one file, but there are 3 images")
+    assert demo.main([*argv, str(tmp_path / "out.xyz")]) == 2
+    _assert_error(capfd, "out.xyz must be a folder or end in .png, ")
+    other = _write_images(tmp_path / "other", "a.jpg")
+    argv = [*model, "--input", str(images), str(other), "--output", str(tmp_path / "out")]
+    assert demo.main(argv) == 2
+    _assert_error(capfd, "several images would be saved as", tmp_path / "out" / "a.jpg")
+    (tmp_path / "file").write_text("")
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "file")]
+    assert demo.main(argv) == 2
+    _assert_error(capfd, tmp_path / "file")
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    demo.write_json(str(tmp_path / "r.json"), [1])
+    with pytest.raises(TypeError):
+        demo.write_json(str(tmp_path / "r.json"), [1, object()])
+    assert os.listdir(tmp_path) == ["r.json"]
+    assert (tmp_path / "r.json").read_text() == "[1]"
+
+
+def test_weights_of_another_model(model, images, tmp_path, capfd):
+    cfg = _config(tmp_path)
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    _save_model(cfg, tmp_path / "other.pth")
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
+    assert demo.main([*argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "other.pth")]) == 2
+    _assert_error(capfd, "does not fit the model")
+
+
+def test_config_errors(model, images, tmp_path, capfd):
+    argv = ["--input", str(images), "--output", str(tmp_path / "out")]
+    assert demo.main(["--config-file", str(tmp_path / "no.yaml"), *argv]) == 2
+    _assert_error(capfd, "no.yaml")
+    assert demo.main([*model, *argv, "--opts", "MODEL.NOPE", "1"]) == 2
+    _assert_error(capfd, "NOPE")
+    assert demo.main([*model, *argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "no.pth")]) == 2
+    _assert_error(capfd, "no.pth")
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12.0, (WIDTH, HEIGHT))
+    if not writer.isOpened():
+        pytest.skip("this build of OpenCV cannot write MJPG videos")
+    for seed in range(3):
+        writer.write(_picture(seed)[:, :, ::-1])
+    writer.release()
+    return path
+
+
+def _read_video(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while True:
+        there_is_one, frame = capture.read()
+        if not there_is_one:
+            return frames, capture.get(cv2.CAP_PROP_FPS)
+        frames.append(frame)
+
+
+def test_video(model, video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*model, "--video-input", video.name, "--output", "out.avi", "--json", "r.json"]
+    assert demo.main(argv) == 0
+    before, _ = _read_video(video)
+    after, fps = _read_video(tmp_path / "out.avi")
+    assert fps == 12
+    assert [frame.shape for frame in after] == [(HEIGHT, WIDTH, 3)] * 3
+    assert all(cv2.absdiff(a, b).mean() > 1 for a, b in zip(after, before))
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert sorted({r["image_id"] for r in results}) == [0, 1, 2]
+    assert {r["file_name"] for r in results} == {video.name}
+
+
+def test_video_to_mp4_and_folder(model, video, tmp_path, capfd):
+    argv = [*model, "--video-input", str(video), "--output"]
+    if demo.main([*argv, str(tmp_path / "out.mp4")]) == 2:
+        assert "OpenCV cannot write the video" in capfd.readouterr().err
+        pytest.skip("this build of OpenCV cannot write MP4 videos")
+    assert len(_read_video(tmp_path / "out.mp4")[0]) == 3
+    assert demo.main([*argv, str(tmp_path / "out")]) == 0
+    assert os.listdir(tmp_path / "out") == ["clip.avi"]
+
+
+def test_videos_that_cannot_be(model, video, tmp_path, capfd, monkeypatch):
+    assert demo.main([*model, "--video-input", str(video), "--output", str(tmp_path)]) == 2
+    _assert_error(capfd, video, "will not be overwritten")
+    argv = [*model, "--output", str(tmp_path / "out.mp4"), "--video-input"]
+    assert demo.main([*argv, str(tmp_path / "no.avi")]) == 2
+    assert f"error: cannot open {tmp_path / 'no.avi'} as a video" in capfd.readouterr().err
+    monkeypatch.setitem(demo.VIDEOS, ".mp4", ("none",))
+    assert demo.main([*argv, str(video)]) == 2
+    assert "out.mp4 (codecs tried: none)" in capfd.readouterr().err
+
+
+def test_webcam_ends_with_interrupt(model, video, tmp_path, monkeypatch):
+    frames = _read_video(video)[0]
+
+    class Webcam:
+        """Endless, until the user presses Ctrl-C."""
+
+        def __init__(self, number):
+            assert number == 0
+
+        def isOpened(self):
+            return True
+
+        def get(self, _):
+            return -1.0
+
+        def read(self):
+            if not frames:
+                raise KeyboardInterrupt
+            return True, frames.pop(0)
+
+    monkeypatch.setattr(demo.cv2, "VideoCapture", Webcam)
+    argv = [*model, "--webcam", "--output", str(tmp_path / "out.avi")]
+    assert demo.main([*argv, "--json", str(tmp_path / "r.json")]) == 0
+    monkeypatch.undo()
+    assert len(_read_video(tmp_path / "out.avi")[0]) == 3
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert sorted({(r["image_id"], r["file_name"]) for r in results}) == [
+        (0, "webcam-0"),
+        (1, "webcam-0"),
+        (2, "webcam-0"),
+    ]
+
+
+@pytest.mark.parametrize("keys, shown", [([255, ord("n"), ord("q")], 2), ([27], 1), ([1, 2, 3], 3)])
+def test_window(model, images, monkeypatch, keys, shown):
+    pictures = []
+    monkeypatch.setattr(demo, "check_display", lambda: None)
+    monkeypatch.setattr(demo.cv2, "imshow", lambda _, picture: pictures.append(picture))
+    monkeypatch.setattr(demo.cv2, "waitKey", lambda _: keys.pop(0))
+    monkeypatch.setattr(demo.cv2, "getWindowProperty", lambda *_: 1.0)
+    assert demo.main([*model, "--input", str(images)]) == 0
+    assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * shown
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="DISPLAY matters on Linux only")
+def test_no_display(model, images, capfd, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    assert demo.main([*model, "--input", str(images)]) == 2
+    _assert_error(capfd, "--output")
+
+
+def _panoptic_and_keypoints():
+    """Outputs as of Panoptic FPN and Keypoint R-CNN for one image, without running them."""
+    masks = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[0, 10:30, 10:40] = True
+    instances = Instances(
+        (HEIGHT, WIDTH),
+        pred_boxes=Boxes(torch.tensor([[10.0, 10.0, 40.0, 30.0]])),
+        scores=torch.tensor([0.9]),
+        pred_classes=torch.tensor([1]),
+    )
+    segments = torch.ones(HEIGHT, WIDTH, dtype=torch.int32)
+    segments[masks[0]] = 2
+    info = [
+        {"id": 1, "isthing": False, "category_id": 3, "area": 100},
+        {"id": 2, "isthing": True, "category_id": 1, "score": 0.9, "instance_id": 0},
+    ]
+    keypoints = torch.tensor([[[12.0, 12.0, 0.9], [35.5, 28.5, 0.8]]])
+    return instances, (segments, info), keypoints
+
+
+@pytest.mark.parametrize("is_video", [False, True])
+@pytest.mark.parametrize("kind", ["panoptic", "keypoints"])
+def test_other_outputs(model, tmp_path, monkeypatch, is_video, kind):
+    instances, panoptic, keypoints = _panoptic_and_keypoints()
+    if kind == "keypoints":
+        instances.pred_keypoints = keypoints.clone()
+
+    class FakePredictor:
+        def __init__(self, cfg):
+            assert cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH == 0.25
+
+        def __call__(self, image):
+            outputs = {"instances": instances}
+            return {**outputs, "panoptic_seg": panoptic} if kind == "panoptic" else outputs
+
+    monkeypatch.setattr(demo, "Predictor", FakePredictor)
+    source = ["--webcam"] if is_video else ["--input", "x.png"]
+    opts = ["DATASETS.TEST", "()", "MODEL.META_ARCHITECTURE", "PanopticFPN"]
+    args = demo.parse([*model, *source, "--confidence-threshold", "0.25", "--opts", *opts])
+    wrapped = demo.Model(args)
+    image = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
+    drawing = wrapped.draw(image, wrapped.predictor(image))
+    assert drawing.shape == image.shape and drawing.dtype == np.uint8
+    changed = (drawing != image).any(axis=2)
+    assert changed.mean() > (0.9 if kind == "panoptic" else 0.01)
+
+    (result,) = wrapped.results(wrapped.predictor(image), 4, "x.png")
+    assert result["category_id"] == 1  # without a known data set, the model's own number
+    assert result["bbox"] == [10, 10, 30, 20]
+    assert "segmentation" not in result
+    assert ("keypoints" in result) == (kind == "keypoints")
+    if kind == "keypoints":  # COCO counts pixels, Detectron2 measures from their corners
+        assert result["keypoints"] == pytest.approx([11.5, 11.5, 0.9, 35.0, 28.0, 0.8])
