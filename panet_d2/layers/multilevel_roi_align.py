@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+import os
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torchvision.ops import roi_align
 
-__all__ = ["FUSIONS", "fuse_levels", "multilevel_roi_align"]
+from .roi_align_cpu import roi_align_levels_cpu
+
+__all__ = ["FUSIONS", "fuse_levels", "multilevel_roi_align", "multilevel_roi_align_reference"]
 
 # How the grids of one proposal become one. PANet (Sec. 3.2) uses "max"; it names "sum" beside it.
 FUSIONS = ("max", "sum", "mean", "product")
 
 
-def fuse_levels(levels: List[torch.Tensor], fusion: str) -> torch.Tensor:
+def fuse_levels(levels: Sequence[torch.Tensor], fusion: str) -> torch.Tensor:
     """
     Fuse tensors of one shape element by element.
 
     Args:
-        levels (list[Tensor]): at least one tensor, all of the same shape.
+        levels (sequence[Tensor]): at least one tensor, all of the same shape.
         fusion (str): one of :data:`FUSIONS`.
 
     Returns:
@@ -55,9 +58,13 @@ def multilevel_roi_align(
     """
     Pool every box from every level, as PANet's adaptive feature pooling does (Sec. 3.2).
 
-    This is the reference: torchvision's RoIAlign, level by level. Half precision and bfloat16 are
-    pooled in float32 and rounded once at the end, and box coordinates are never rounded to the
-    features' type, in which a coordinate beyond 2048 would not even keep its whole pixels.
+    Half precision and bfloat16 are pooled in float32 and rounded once at the end, and box
+    coordinates are never rounded to the features' type, in which a coordinate beyond 2048 would
+    not even keep its whole pixels.
+
+    What computes it is chosen by device: on the CPU :func:`roi_align_levels_cpu`, elsewhere
+    :func:`multilevel_roi_align_reference`. The environment variable ``PANET_D2_ROI_ALIGN`` set to
+    ``reference`` chooses the latter everywhere.
 
     Args:
         features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), from the finest level
@@ -81,17 +88,44 @@ def multilevel_roi_align(
     dtype = features[0].dtype
     # Double stays double, for gradient checks.
     pooled_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    pooled = [
-        roi_align(
-            feature.to(pooled_dtype),
-            boxes.to(pooled_dtype),
-            output_size,
-            scale,
-            sampling_ratio,
-            aligned,
+    features = [feature.to(pooled_dtype) for feature in features]
+    boxes = boxes.to(pooled_dtype)
+    if _covered_by_cpu(features[0], sampling_ratio):
+        pooled = roi_align_levels_cpu(features, boxes, scales, output_size, sampling_ratio, aligned)
+        result = pooled if fuse is None else fuse_levels(pooled.unbind(0), fuse)
+    else:
+        result = multilevel_roi_align_reference(
+            features, boxes, scales, output_size, sampling_ratio, aligned, fuse
         )
+    return result.to(dtype)
+
+
+def _covered_by_cpu(feature: torch.Tensor, sampling_ratio: int) -> bool:
+    return (
+        feature.device.type == "cpu"
+        and sampling_ratio > 0  # an adaptive number of samples is not the same for all boxes
+        and not torch.jit.is_tracing()  # exporters know torchvision's op
+        and os.environ.get("PANET_D2_ROI_ALIGN") != "reference"
+    )
+
+
+def multilevel_roi_align_reference(
+    features: List[torch.Tensor],
+    boxes: torch.Tensor,
+    scales: List[float],
+    output_size: Tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+    fuse: Optional[str] = None,
+) -> torch.Tensor:
+    """
+    The definition of :func:`multilevel_roi_align`: torchvision's RoIAlign, level by level.
+
+    Arguments and result are the same, except that features and boxes are of one type, float32 or
+    float64.
+    """
+    pooled = [
+        roi_align(feature, boxes, output_size, scale, sampling_ratio, aligned)
         for feature, scale in zip(features, scales)
     ]
-    if fuse is None:
-        return torch.stack(pooled).to(dtype)
-    return fuse_levels(pooled, fuse).to(dtype)
+    return torch.stack(pooled) if fuse is None else fuse_levels(pooled, fuse)

@@ -3,6 +3,7 @@ import torch
 from torchvision.ops import roi_align
 
 from panet_d2.layers import FUSIONS, fuse_levels, multilevel_roi_align
+from panet_d2.layers.multilevel_roi_align import multilevel_roi_align_reference
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 BOXES = [
@@ -26,7 +27,7 @@ def test_all_levels_are_torchvisions(aligned, sampling_ratio):
     assert result.shape == (4, len(BOXES), 5, 7, 5)
     for level, feature, scale in zip(result, features, SCALES):
         expected = roi_align(feature, boxes, (7, 5), scale, sampling_ratio, aligned)
-        torch.testing.assert_close(level, expected, rtol=0, atol=0)
+        torch.testing.assert_close(level, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("fuse", FUSIONS)
@@ -63,6 +64,21 @@ def test_low_precision_is_pooled_in_float32(dtype):
     # Half a unit in the last place of the result, and float32's error below that.
     ulp = torch.finfo(dtype).eps * exact.abs() / 2
     assert ((result.double() - exact).abs() <= ulp + 1e-4).all()
+
+
+def test_reference_can_be_chosen(monkeypatch):
+    args = pyramid(torch.float32), torch.tensor(BOXES).float(), SCALES, (7, 7), 2, True
+    expected = multilevel_roi_align_reference(*args)
+    called = []
+    monkeypatch.setattr(
+        "panet_d2.layers.multilevel_roi_align.roi_align_levels_cpu",
+        lambda *a: called.append(a) or expected,
+    )
+    multilevel_roi_align(*args)
+    assert len(called) == 1
+    monkeypatch.setenv("PANET_D2_ROI_ALIGN", "reference")
+    assert torch.equal(multilevel_roi_align(*args), expected)
+    assert len(called) == 1
 
 
 def test_no_boxes():
