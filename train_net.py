@@ -19,7 +19,8 @@ from panet_d2.engine import Trainer, latest_checkpoint, load_for_inference, setu
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Make the config and set up logging, seed and output folder."""
-    cfg = setup_config(args.config_file, args.opts)
+    needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+    cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
         # Before anything is written there.

@@ -80,7 +80,7 @@ class Model:
 
     def __init__(self, args: argparse.Namespace):
         """Build it; raises what setup_config and Predictor of panet_d2.engine raise."""
-        cfg = setup_config(args.config_file, args.opts)
+        cfg = setup_config(args.config_file, args.opts, needed=())
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold

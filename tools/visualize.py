@@ -25,7 +25,7 @@ from panet_d2.evaluation import average_precision, draw_comparison, match_predic
 
 def predictions(args: argparse.Namespace) -> int:
     """Draw the predictions of an evaluation beside the ground truth, the worst images first."""
-    cfg = setup_config(args.config_file, args.opts)
+    cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     name = cfg.DATASETS.TEST[0]
     results_file = args.results or os.path.join(
         cfg.OUTPUT_DIR, "inference", "coco_instances_results.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -94,18 +94,25 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
     return {}
 
 
-def setup_datasets(cfg: CfgNode) -> None:
+def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
     Register the data sets of ``DATASETS.REGISTER_COCO``, check what will be used of them against
     the config, and fill in the number of classes where the config leaves it at 0.
 
     Args:
         cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`; changed in place.
+        needed (sequence[str]): which of "TRAIN" and "TEST" will be used. Evaluating needs no
+            training data, and predicting none at all; a data set that is not needed may be
+            missing, and then only its class names are.
 
     Raises:
         ConfigError: if ``DATASETS`` names an unknown data set, or the config does not go with it.
         DataError: if a data set is missing or incomplete, or has nothing to learn from.
     """
+    used: Dict[str, str] = {}
+    for split in needed:
+        for name in cfg.DATASETS[split]:
+            used.setdefault(name, split)
     contents = {}
     for entry in cfg.DATASETS.REGISTER_COCO:
         if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
@@ -113,9 +120,11 @@ def setup_datasets(cfg: CfgNode) -> None:
                 f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be (name, annotation "
                 "file, image folder)."
             )
-        contents[entry[0]] = register_coco_file(*entry)
-    used = {name: "TRAIN" for name in cfg.DATASETS.TRAIN}
-    used.update({name: "TEST" for name in cfg.DATASETS.TEST if name not in used})
+        try:
+            contents[entry[0]] = register_coco_file(*entry)
+        except DataError:
+            if entry[0] in used:
+                raise
     for name, split in used.items():
         if name not in DatasetCatalog:
             raise ConfigError(
@@ -126,7 +135,7 @@ def setup_datasets(cfg: CfgNode) -> None:
             _check_images(name, contents[name])
             if split == "TRAIN":
                 _check_annotations(cfg, name, contents[name])
-    _check_num_classes(cfg, used)
+    _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
 
 def _check_images(name: str, content: dict) -> None:

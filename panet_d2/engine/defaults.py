@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from typing import Iterable, Optional
+from typing import Iterable, Optional, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -30,7 +30,9 @@ logger = logging.getLogger("panet_d2")
 _REQUIRED_TO_TRAIN = ("backbone.bottom_up.",)
 
 
-def setup_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
+def setup_config(
+    config_file: str, opts: Iterable[str] = (), needed: Sequence[str] = ("TRAIN", "TEST")
+) -> CfgNode:
     """
     Make the config of a run: Detectron2's keys and PANet's, the file, the overrides; with its
     data sets registered and its device decided.
@@ -38,6 +40,8 @@ def setup_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     Args:
         config_file (str): path of a YAML file; "" for none.
         opts (list[str]): overrides, KEY VALUE KEY VALUE …
+        needed (sequence[str]): which of the data sets will be used, see
+            :func:`panet_d2.data.setup_datasets`.
 
     Returns:
         CfgNode: not frozen. ``MODEL.DEVICE`` is "cuda" where no device was named and there is
@@ -68,7 +72,7 @@ def setup_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
         )
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("SOLVER.AMP.ENABLED is True; on the CPU it must be False.")
-    setup_datasets(cfg)
+    setup_datasets(cfg, needed)
     return cfg
 
 

@@ -185,4 +185,21 @@ def test_boxes_alone_will_do_without_masks(data):
 )
 def test_bad_entries(data, entry, error, message):
     with pytest.raises(error, match=message):
-        setup_datasets(tiny_cfg("DATASETS.REGISTER_COCO", [entry]))
+        setup_datasets(tiny_cfg("DATASETS.REGISTER_COCO", [entry], "DATASETS.TRAIN", ["a"]))
+
+
+def test_data_that_is_not_needed_may_be_missing(data):
+    lost = ["lost_train", "lost/instances.json", "lost/images"]
+    cfg = config()
+    cfg.DATASETS.REGISTER_COCO = [lost, list(ENTRY)]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ["lost_train"], ["squares_train"]
+    setup_datasets(cfg, needed=["TEST"])
+    assert "lost_train" not in DatasetCatalog
+    with pytest.raises(DataError, match="lost_train"):
+        setup_datasets(cfg)
+    # Nothing at all is needed to predict; classes that are known must still agree.
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 4.*'squares_train' has 3"):
+        setup_datasets(cfg, needed=[])
+    cfg.DATASETS.TEST = ["lost_train"]
+    setup_datasets(cfg, needed=[])

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from torchvision.ops import roi_align
@@ -70,10 +72,9 @@ def test_reference_can_be_chosen(monkeypatch):
     args = pyramid(torch.float32), torch.tensor(BOXES).float(), SCALES, (7, 7), 2, True
     expected = multilevel_roi_align_reference(*args)
     called = []
-    monkeypatch.setattr(
-        "panet_d2.layers.multilevel_roi_align.roi_align_levels_cpu",
-        lambda *a: called.append(a) or expected,
-    )
+    # By import_module, because the package has a function of the module's name.
+    module = import_module("panet_d2.layers.multilevel_roi_align")
+    monkeypatch.setattr(module, "roi_align_levels_cpu", lambda *a: called.append(a) or expected)
     multilevel_roi_align(*args)
     assert len(called) == 1
     monkeypatch.setenv("PANET_D2_ROI_ALIGN", "reference")
