@@ -52,6 +52,10 @@ def add_panet_config(cfg: CN) -> None:
     # What follows each conv of the bottom-up path: "relu" (the paper) or "" for nothing (what the
     # authors' release does when MODEL.FPN.NORM is "").
     _C.MODEL.PAFPN.ACTIVATION = "relu"
+    # What each step of the path reads: "output", the level below after its 3x3 conv, which is N(i)
+    # (the paper and the authors' release); or "sum", the level below before that conv, so that
+    # the chain of stride-2 convs skips the 3x3 convs (mmdetection's PAFPN; for its checkpoints).
+    _C.MODEL.PAFPN.BOTTOM_UP_INPUT = "output"
     # Give those convs a bias even where a norm follows, as the authors' release does. Without a
     # norm they always have one.
     _C.MODEL.PAFPN.BIAS_BEFORE_NORM = False

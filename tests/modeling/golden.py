@@ -13,6 +13,8 @@ FOLDER = Path(
     os.environ.get("PANET_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden")
 )
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
 needs_golden = pytest.mark.skipif(
     not FOLDER.is_dir(),
     reason=f"recorded values of the authors' release are not at {FOLDER} (set PANET_GOLDEN)",

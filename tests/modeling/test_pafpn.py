@@ -54,6 +54,19 @@ def test_path_is_the_papers():
     torch.testing.assert_close(n["p6"], n["p5"][:, :, ::2, ::2], rtol=0, atol=0)
 
 
+def test_path_of_sums_skips_the_output_convs():
+    model = neck(bottom_up_input="sum").double()
+    x = torch.randn(2, 1, 64, 96, dtype=torch.float64)
+    p, n = fpn_outputs(model, x), model(x)
+    chain = p["p2"]
+    for stage in (3, 4, 5):
+        down, out = (getattr(model, f"pafpn_{name}{stage}") for name in ("downsample", "output"))
+        chain = down(chain) + p[f"p{stage}"]
+        torch.testing.assert_close(n[f"p{stage}"], out(chain))
+    with pytest.raises(ValueError, match="bottom_up_input.*'both'.*'output', 'sum'"):
+        neck(bottom_up_input="both")
+
+
 def test_n2_is_the_same_tensor_as_p2():
     model = neck()
     seen = []
@@ -139,6 +152,9 @@ def test_build_from_config():
     assert isinstance(conv.norm, torch.nn.GroupNorm)
     with pytest.raises(ConfigError, match="MODEL.PAFPN.ACTIVATION.*'tanh'.*'relu', ''"):
         build_backbone(tiny_cfg("MODEL.PAFPN.ACTIVATION", "tanh"))
+    with pytest.raises(ConfigError, match="MODEL.PAFPN.BOTTOM_UP_INPUT.*'x'.*'output', 'sum'"):
+        build_backbone(tiny_cfg("MODEL.PAFPN.BOTTOM_UP_INPUT", "x"))
+    assert build_backbone(tiny_cfg("MODEL.PAFPN.BOTTOM_UP_INPUT", "sum")).bottom_up_input == "sum"
 
 
 def test_shorter_pyramid_has_its_extra_level():

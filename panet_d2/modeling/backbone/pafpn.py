@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 ACTIVATIONS = {"relu": nn.ReLU, "": None}
+BOTTOM_UP_INPUTS = ("output", "sum")
 
 
 class PAFPN(FPN):
@@ -46,6 +47,7 @@ class PAFPN(FPN):
         square_pad: int = 0,
         *,
         activation: str = "relu",
+        bottom_up_input: str = "output",
         bias_before_norm: bool = False,
     ):
         """
@@ -57,16 +59,23 @@ class PAFPN(FPN):
                 level of the pyramid ("p5"), it is given that level's N.
             activation (str): what follows each conv of the bottom-up path: "relu", as in the
                 paper, or "" for nothing, as in the authors' release where there is no norm.
+            bottom_up_input (str): what each step reads from the one below: "output" for N(i), as
+                in the paper, or "sum" for what N(i) is made of by its 3x3 conv, as in
+                mmdetection's PAFPN.
             bias_before_norm (bool): give the bottom-up convs a bias even where a norm follows, as
                 in the authors' release.
 
         Raises:
-            ValueError: if ``activation`` is unknown, or ``in_features`` are not levels of
-                ``bottom_up`` that halve in size from one to the next.
+            ValueError: if ``activation`` or ``bottom_up_input`` is unknown, or ``in_features`` are
+                not levels of ``bottom_up`` that halve in size from one to the next.
         """
         _check_pyramid(bottom_up.output_shape(), in_features, "in_features")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it must be one of {[*ACTIVATIONS]}.")
+        if bottom_up_input not in BOTTOM_UP_INPUTS:
+            raise ValueError(
+                f"bottom_up_input is {bottom_up_input!r}; it must be one of {BOTTOM_UP_INPUTS}."
+            )
         super().__init__(
             bottom_up=bottom_up,
             in_features=in_features,
@@ -76,6 +85,7 @@ class PAFPN(FPN):
             fuse_type=fuse_type,
             square_pad=square_pad,
         )
+        self.bottom_up_input = bottom_up_input
         # "p2", "p3", …: the levels that the bottom-up path goes through.
         names = list(self.output_shape())
         self.levels = names[: len(in_features)]
@@ -134,6 +144,7 @@ class PAFPN(FPN):
             "top_block": top_block,
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
             "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
+            "bottom_up_input": checked(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
             "bias_before_norm": cfg.MODEL.PAFPN.BIAS_BEFORE_NORM,
         }
 
@@ -151,8 +162,10 @@ class PAFPN(FPN):
         for level, downsample, fusion in zip(
             self.levels[1:], self.downsample_convs, self.fusion_convs
         ):
-            feature = fusion(downsample(feature) + pyramid[level])
-            pyramid[level] = feature
+            feature = downsample(feature) + pyramid[level]
+            pyramid[level] = fusion(feature)
+            if self.bottom_up_input == "output":
+                feature = pyramid[level]
         # FPN has run the top block already, on P5. Where it reads the backbone (RetinaNet's P6
         # from res5) that stands; where it reads the pyramid, the paper's N6 comes from N5. Doing
         # it twice costs nothing that can be measured at that resolution.

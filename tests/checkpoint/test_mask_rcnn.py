@@ -1,0 +1,141 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.checkpoint.convert import convert
+from panet_d2.checkpoint.mask_rcnn import warm_start
+from panet_d2.engine import load_for_inference
+
+from ..common import batch, tiny_cfg
+
+DONOR = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.NUM_FC", 2),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 4),
+)
+NO_AFP = (
+    *("MODEL.ROI_BOX_HEAD.AFP.ENABLED", False),
+    *("MODEL.ROI_MASK_HEAD.AFP.ENABLED", False),
+)
+
+
+def state(*opts):
+    return {k: v.detach() for k, v in build_model(tiny_cfg(*opts)).state_dict().items()}
+
+
+def outputs(cfg, weights, inputs):
+    model = build_model(cfg).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return [x["instances"] for x in model(inputs)]
+
+
+def test_layers_move_into_the_pooler():
+    donor, model = state(*DONOR), state()
+    result = warm_start(donor, model).state
+    assert result.keys() == model.keys()
+    for level in range(4):
+        for branch, first in (("box", "box_head.fc1"), ("mask", "mask_head.mask_fcn1")):
+            layer = f"roi_heads.{branch}_pooler.adaptation_layers.{level}"
+            for kind in ("weight", "bias"):
+                assert torch.equal(result[f"{layer}.{kind}"], donor[f"roi_heads.{first}.{kind}"])
+    for ours, theirs in [
+        ("box_head.fc1", "box_head.fc2"),
+        ("mask_head.mask_fcn1", "mask_head.mask_fcn2"),
+        ("mask_head.mask_fcn3", "mask_head.mask_fcn4"),
+        ("mask_head.deconv", "mask_head.deconv"),
+        ("box_predictor.cls_score", "box_predictor.cls_score"),
+    ]:
+        assert torch.equal(
+            result[f"roi_heads.{ours}.weight"], donor[f"roi_heads.{theirs}.weight"]
+        ), ours
+    same = [k for k in donor if not k.startswith("roi_heads.")]
+    assert all(torch.equal(result[k], donor[k]) for k in same)
+
+
+def test_account_has_every_tensor():
+    donor, model = state(*DONOR), state()
+    rows = warm_start(donor, model).rows
+    assert {r.source for r in rows} - {""} == set(donor)
+    assert sorted(r.target for r in rows if r.target) == sorted(model)
+    assert {r.action for r in rows} == {"carried", "copied", "initialised"}
+    new = [r.target for r in rows if r.action == "initialised"]
+    assert all("pafpn_" in n or "fc_fusion" in n for n in new)
+
+
+def test_without_relu_the_neck_and_the_masks_start_as_the_donor():
+    """Without AFP, whose fusion is no identity, the whole model gives the donor's output."""
+    opts = ("MODEL.PAFPN.ACTIVATION", "", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    donor_cfg, cfg = tiny_cfg(*DONOR, *NO_AFP, *opts), tiny_cfg(*NO_AFP, *opts)
+    cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.NUM_FC", 2, "MODEL.ROI_MASK_HEAD.NUM_CONV", 4])
+    donor = build_model(donor_cfg).state_dict()
+    # Without the hundredth, to the last bit.
+    result = warm_start(donor, build_model(cfg).state_dict()).state
+    result = {k: 0 * v if "downsample" in k else v for k, v in result.items()}
+    inputs = batch()
+    for a, b in zip(outputs(donor_cfg, donor, inputs), outputs(cfg, result, inputs)):
+        torch.testing.assert_close(a.scores, b.scores)
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.pred_masks, b.pred_masks)
+
+
+def test_new_layers_learn():
+    """Nothing starts where its gradient is zero for good."""
+    cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", True)
+    model = build_model(cfg).train()
+    model.load_state_dict(warm_start(state(*DONOR), model.state_dict(), fc_relu=True).state)
+    with EventStorage():
+        sum(model(batch()).values()).backward()
+    for name in ("backbone.pafpn_downsample3.weight", "backbone.pafpn_output4.weight"):
+        assert model.get_parameter(name).grad.abs().sum() > 0, name
+    assert model.roi_heads.mask_head.fc_fusion.fc.weight.grad.abs().sum() > 0
+
+
+def test_other_classes_leave_the_predictors_out():
+    donor, model = state(*DONOR, "MODEL.ROI_HEADS.NUM_CLASSES", 7), state()
+    rows = warm_start(donor, model).rows
+    left = [r for r in rows if r.action == "left out"]
+    assert {r.source.rsplit(".", 1)[0] for r in left} == {
+        *("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"),
+        "roi_heads.mask_head.predictor",
+    }
+    assert all("number of classes" in r.note for r in left)
+
+
+def test_heavier_head_starts_anew():
+    """A donor with two fcs has no conv to copy; what does not fit is accounted for."""
+    opts = ("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv", "MODEL.ROI_BOX_HEAD.CONV_DIM", 32)
+    donor, model = state(*DONOR), state(*opts)
+    rows = {r.target: r for r in warm_start(donor, model).rows}
+    layer = rows["roi_heads.box_pooler.adaptation_layers.0.weight"]
+    assert (layer.action, layer.note) == ("initialised", "as for training from scratch")
+
+
+@pytest.mark.parametrize(
+    "donor_opts, opts, message",
+    [
+        ((*DONOR, "MODEL.FPN.OUT_CHANNELS", 16), (), "another architecture"),
+        ((*DONOR, "MODEL.RESNETS.DEPTH", 34), (), "the model has no backbone.bottom_up.res2.2"),
+        (DONOR, ("MODEL.RESNETS.DEPTH", 34), "it has nothing for backbone.bottom_up.res2.2"),
+        ((*DONOR, "MODEL.ROI_BOX_HEAD.FC_DIM", 16), (), "another architecture"),
+    ],
+)
+def test_other_architectures(donor_opts, opts, message):
+    donor, model = state(*donor_opts), state(*opts)
+    with pytest.raises(CheckpointError, match=message):
+        warm_start(donor, model)
+
+
+def test_from_file_to_file(tmp_path):
+    cfg = tiny_cfg()
+    torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
+    convert("mask-rcnn", str(tmp_path / "donor.pth"), str(tmp_path / "panet.pth"), cfg)
+    load_for_inference(build_model(cfg), str(tmp_path / "panet.pth"))
+    torch.save({"model": {"some.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="other.pth: it is not a Mask R-CNN with FPN"):
+        convert("mask-rcnn", str(tmp_path / "other.pth"), str(tmp_path / "x.pth"), cfg)
+    assert not (tmp_path / "x.pth").exists()

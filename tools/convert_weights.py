@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Convert other people's checkpoints into PANets, and print what became of every tensor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import List, Optional
+
+from panet_d2 import ConfigError
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.checkpoint.convert import KINDS, convert
+from panet_d2.data import DataError
+from panet_d2.engine import setup_config
+
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs")
+DEFAULT_CONFIGS = {
+    "release": "COCO-InstanceSegmentation/release_panet_R_50_FPN_2x_gn.yaml",
+    "mmdet": "COCO-Detection/mmdet_faster_rcnn_R_50_PAFPN_1x.yaml",
+    "mask-rcnn": "COCO-InstanceSegmentation/panet_R_50_FPN_3x.yaml",
+}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS, help="where the checkpoint comes from")
+    parser.add_argument("input", metavar="IN", help="the checkpoint to read")
+    parser.add_argument("output", metavar="OUT", help="the .pth to write")
+    parser.add_argument("--config-file", help="the model's config; one of R-50 by default")
+    parser.add_argument(
+        "--allow-unmatched",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="names that may be left out although no rule says so, e.g. 'Keypoint_*'",
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    args = parser.parse_args(argv)
+    config_file = args.config_file or os.path.join(CONFIGS, DEFAULT_CONFIGS[args.kind])
+    try:
+        cfg = setup_config(config_file, args.opts, needed=())
+        result = convert(args.kind, args.input, args.output, cfg, args.allow_unmatched)
+    except (CheckpointError, ConfigError, DataError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(result.report())
+    print(f"written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
