@@ -89,6 +89,13 @@ def add_panet_config(cfg: CN) -> None:
     # MODEL.ROI_HEADS.NUM_CLASSES (or MODEL.RETINANET.NUM_CLASSES) is 0.
     _C.DATASETS.REGISTER_COCO = ()
 
+    # ---------------------------------------------------------------------------------------- #
+    # Solver
+    # ---------------------------------------------------------------------------------------- #
+    # "SGD" (Detectron2's and the paper's) or "ADAMW", which gets much further in the few hundred
+    # steps that a model trained from scratch on a CPU has. Read by panet_d2.engine.Trainer.
+    _C.SOLVER.OPTIMIZER = "SGD"
+
 
 def checked(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
     """

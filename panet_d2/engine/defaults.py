@@ -14,11 +14,13 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 from yaml import YAMLError
 
 from ..checkpoint import StrictCheckpointer
-from ..config import ConfigError, add_panet_config
+from ..config import ConfigError, add_panet_config, checked
 from ..data import NamedImageMapper, setup_datasets
 from ..evaluation import build_evaluator
 
@@ -118,6 +120,21 @@ class Trainer(DefaultTrainer):
     Detectron2's trainer, with the evaluator picked by data set, unreadable images named, and
     checkpoints that do not fit refused.
     """
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if checked(cfg, "SOLVER.OPTIMIZER", ("SGD", "ADAMW")) == "SGD":
+            return super().build_optimizer(cfg, model)
+        # Groups and factors as Detectron2's build_optimizer makes them for SGD.
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

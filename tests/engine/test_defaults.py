@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
@@ -129,3 +130,38 @@ class TestTrainer:
             CheckpointError, match="not in the model: roi_heads.mask_head.fc_fusion"
         ):
             Trainer(cfg).resume_or_load(resume=True)
+
+
+class TestOptimizer:
+    def test_default_is_detectron2s(self):
+        cfg = tiny_cfg()
+        model = build_model(cfg)
+        ours, stock = Trainer.build_optimizer(cfg, model), build_optimizer(cfg, model)
+        assert isinstance(ours, torch.optim.SGD)
+        assert ours.param_groups[0]["momentum"] == stock.param_groups[0]["momentum"] == 0.9
+
+    def test_adamw(self):
+        cfg = tiny_cfg(
+            *("SOLVER.OPTIMIZER", "ADAMW"),
+            *("SOLVER.BASE_LR", 0.25),
+            *("SOLVER.WEIGHT_DECAY", 0.5),
+            *("SOLVER.WEIGHT_DECAY_NORM", 0.125),
+            *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6),
+        )
+        model = build_model(cfg)
+        optimizer = Trainer.build_optimizer(cfg, model)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        stem = model.backbone.bottom_up.stem.conv1
+        assert decay[id(stem.weight)] == 0.5 and decay[id(stem.norm.weight)] == 0.125
+        assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+        stem.weight.grad = torch.full_like(stem.weight, 100.0)
+        optimizer.step()
+        assert stem.weight.grad.norm() <= 2e-6  # clipped
+
+    def test_unknown(self):
+        cfg = tiny_cfg("SOLVER.OPTIMIZER", "LION")
+        with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER.*'LION'.*'SGD', 'ADAMW'"):
+            Trainer.build_optimizer(cfg, build_model(cfg))

@@ -32,9 +32,9 @@ SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
 # that no cache of old pictures is taken for the new ones.
 _VERSION = 1
 _MIN_SIDE, _MAX_SIDE = 8.0, 200.0 / 256.0  # in pixels; as a share of the image
-_MIN_COUNT, _MAX_COUNT = 3, 12
+_MIN_COUNT, _MAX_COUNT = 6, 16
 # What remains to be seen of every instance: less could not be told from another class.
-_MIN_VISIBLE, _MIN_AREA = 0.4, 16
+_MIN_VISIBLE, _MIN_AREA = 0.6, 16
 _TRIES = 30
 _PATTERNS = ("plain", "ramp", "noise", "stripes", "checks", "dots")
 _STALE_SECONDS = 3600
@@ -157,16 +157,29 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     return image
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, side: float) -> None:
+def _colours(rng: np.random.Generator, category: int, count: int) -> np.ndarray:
+    """
+    Colours that a shape of this class may have, count x 3. Each class prefers a hue, as things
+    do, but they overlap: hue alone does not tell them apart.
+    """
+    hue = (360 * category / len(CLASSES) + 12 * rng.standard_normal(count)) % 360
+    saturation, value = rng.uniform(0.4, 1, count), rng.uniform(80, 245, count)
+    hsv = np.stack([hue, saturation, value], axis=-1).astype(np.float32)
+    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
+
+
+def _paint(
+    rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, category: int, side: float
+) -> None:
     """Draw one shape with its shadow over ``image``, which is of the size of ``distance``."""
     height, width = distance.shape
     alpha = np.clip(0.5 - distance, 0, 1)
     shadow = np.clip(1 - distance / _pad(side), 0, 1) ** 2
     # The first colour that stands out from what is below, else the one that does most.
     below = (image * alpha[..., None]).sum((0, 1)) / alpha.sum()
-    colours = rng.uniform(15, 240, (12, 3)).astype(np.float32)
+    colours = _colours(rng, category, 12)
     contrast = np.linalg.norm(colours - below, axis=1)
-    colour = colours[np.argmax(np.minimum(contrast, 90))]
+    colour = colours[np.argmax(np.minimum(contrast, 110))]
     # A pattern as coarse as the shape itself would break the smallest ones into pieces.
     spread = min(80, 2 * side)
     other = colour + rng.uniform(-spread, spread, 3).astype(np.float32)
@@ -255,7 +268,7 @@ def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, l
         if place is None:
             continue
         target, source = place
-        _paint(rng, image[target], distance[source].astype(np.float32), side)
+        _paint(rng, image[target], distance[source].astype(np.float32), category, side)
         owner[target][inside[source]] = len(full)
         full.append(int(inside.sum()))
         categories.append(category)

@@ -1,0 +1,147 @@
+"""mmdetection's PAFPN and ours with the same weights; needs mmdetection beside it."""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+from panet_d2 import PAFPN
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.checkpoint.conversion import apply_rules
+from panet_d2.checkpoint.convert import convert
+from panet_d2.checkpoint.mmdet import mmdet_rules
+from panet_d2.engine import load_for_inference, setup_config
+
+from ..modeling.golden import CONFIGS
+from ..modeling.test_golden import Stages
+
+CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 32}
+
+
+class NoOps(types.ModuleType):
+    """Stands for mmcv's compiled ops, which a neck does not call but mmdetection imports."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args: None
+
+
+def their_pafpn():
+    for name in ("mmengine", "mmcv", "mmdet"):
+        pytest.importorskip(name, reason="mmdetection is not installed")
+    if "mmcv._ext" not in sys.modules and importlib.util.find_spec("mmcv._ext") is None:
+        sys.modules["mmcv._ext"] = NoOps("mmcv._ext")
+    return importlib.import_module("mmdet.models.necks").PAFPN
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32), (96, 160), (224, 64)])
+def test_neck(size):
+    theirs = their_pafpn()(in_channels=list(CHANNELS.values()), out_channels=16, num_outs=5)
+    torch.nn.init.normal_(theirs.pafpn_convs[0].conv.bias)
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+    features = {
+        name: torch.randn(2, channels, size[0] >> level, size[1] >> level)
+        for level, (name, channels) in enumerate(CHANNELS.items(), start=2)
+    }
+    ours = PAFPN(
+        Stages(features),
+        list(features),
+        16,
+        top_block=LastLevelMaxPool(),
+        activation="",
+        bottom_up_input="sum",
+    )
+    source = {f"neck.{k}": v for k, v in theirs.state_dict().items()}
+    state = apply_rules(source, mmdet_rules()).state
+    ours.load_state_dict({k[len("backbone.") :]: v for k, v in state.items()})
+    with torch.no_grad():
+        expected, result = theirs(list(features.values())), ours(features)
+    torch.testing.assert_close(list(result.values()), list(expected), rtol=1e-5, atol=1e-5)
+
+
+def names_and_shapes(mask=False):
+    """A state dict of mmdetection's Faster or Mask R-CNN with a ResNet-50 and PAFPN."""
+    shapes = {}
+
+    def conv(name, *shape, bias=False):
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    def norm(name, channels):
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{kind}"] = (channels,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    conv("backbone.conv1", 64, 3, 7, 7)
+    norm("backbone.bn1", 64)
+    before = 64
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        width = 32 << stage
+        for block in range(blocks):
+            name = f"backbone.layer{stage}.{block}"
+            inside = [(width, before, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            for i, shape in enumerate(inside, start=1):
+                conv(f"{name}.conv{i}", *shape)
+                norm(f"{name}.bn{i}", shape[0])
+            if block == 0:
+                conv(f"{name}.downsample.0", 4 * width, before, 1, 1)
+                norm(f"{name}.downsample.1", 4 * width)
+            before = 4 * width
+    for i, channels in enumerate((256, 512, 1024, 2048)):
+        conv(f"neck.lateral_convs.{i}.conv", 256, channels, 1, 1, bias=True)
+        conv(f"neck.fpn_convs.{i}.conv", 256, 256, 3, 3, bias=True)
+    for i in range(3):
+        conv(f"neck.downsample_convs.{i}.conv", 256, 256, 3, 3, bias=True)
+        conv(f"neck.pafpn_convs.{i}.conv", 256, 256, 3, 3, bias=True)
+    conv("rpn_head.rpn_conv", 256, 256, 3, 3, bias=True)
+    conv("rpn_head.rpn_cls", 3, 256, 1, 1, bias=True)
+    conv("rpn_head.rpn_reg", 12, 256, 1, 1, bias=True)
+    conv("roi_head.bbox_head.shared_fcs.0", 1024, 12544, bias=True)
+    conv("roi_head.bbox_head.shared_fcs.1", 1024, 1024, bias=True)
+    conv("roi_head.bbox_head.fc_cls", 81, 1024, bias=True)
+    conv("roi_head.bbox_head.fc_reg", 320, 1024, bias=True)
+    if mask:
+        for i in range(4):
+            conv(f"roi_head.mask_head.convs.{i}.conv", 256, 256, 3, 3, bias=True)
+        conv("roi_head.mask_head.upsample", 256, 256, 2, 2, bias=True)
+        conv("roi_head.mask_head.conv_logits", 80, 256, 1, 1, bias=True)
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_whole_model(mask, tmp_path):
+    source = names_and_shapes(mask)
+    torch.save({"meta": {"epoch": 12}, "state_dict": source}, tmp_path / "in.pth")
+    cfg = setup_config(
+        str(CONFIGS / "COCO-Detection/mmdet_faster_rcnn_R_50_PAFPN_1x.yaml"),
+        ["MODEL.DEVICE", "cpu", "MODEL.MASK_ON", str(mask)],
+        needed=(),
+    )
+    result = convert("mmdet", str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), cfg)
+    assert {row.source for row in result.rows} == set(source)
+    left = [row.source for row in result.rows if row.action == "left out"]
+    assert all(name.endswith("num_batches_tracked") for name in left)
+    assert {row.action for row in result.rows} == {"carried", "left out"}
+    model = build_model(cfg)
+    load_for_inference(model, str(tmp_path / "out.pth"))
+    norm = model.backbone.bottom_up.res4[2].conv1.norm
+    assert torch.equal(norm.running_var, source["backbone.layer3.2.bn1.running_var"])
+
+
+def test_plain_fpn_is_refused(tmp_path):
+    source = {k: v for k, v in names_and_shapes().items() if "pafpn" not in k}
+    torch.save({"state_dict": source}, tmp_path / "in.pth")
+    cfg = setup_config(
+        str(CONFIGS / "COCO-Detection/mmdet_faster_rcnn_R_50_PAFPN_1x.yaml"),
+        ["MODEL.DEVICE", "cpu"],
+        needed=(),
+    )
+    with pytest.raises(CheckpointError, match="it has nothing for backbone.pafpn_output3"):
+        convert("mmdet", str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), cfg)
