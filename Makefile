@@ -19,12 +19,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint clean FORCE
 
 setup: $(STAMP)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# Another Detectron2 than the one installed last is asked for.
+ifneq ($(DETECTRON2),)
+ifneq ($(DETECTRON2),$(shell cat $(STAMP) 2>/dev/null))
+$(STAMP): FORCE
+endif
+endif
+FORCE:
 
 # An importable Detectron2 is left alone, unless another one is asked for.
 $(STAMP): setup.py $(wildcard requirements/*.txt) | $(BIN)/python
@@ -39,7 +47,7 @@ $(STAMP): setup.py $(wildcard requirements/*.txt) | $(BIN)/python
 			-r requirements/detectron2.txt; \
 	fi
 	@$(BIN)/python -W ignore -c 'import detectron2, panet_d2; print("panet_d2", panet_d2.__version__, "on Detectron2", detectron2.__version__)'
-	@touch $@
+	@echo '$(DETECTRON2)' > $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

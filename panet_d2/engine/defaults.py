@@ -16,6 +16,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 from yaml import YAMLError
 
@@ -134,7 +135,12 @@ class Trainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        # On the CPU the fused step takes a fifth of the time. Not on CUDA: a fused optimizer undoes
+        # AMP's loss scale after the gradients have been clipped, which is too late.
+        fused = cfg.MODEL.DEVICE == "cpu" and TORCH_VERSION >= (2, 4)
+        return adamw(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=fused
+        )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
