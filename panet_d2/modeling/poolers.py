@@ -183,8 +183,10 @@ class AdaptiveROIPooler(ROIPooler):
             return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
         boxes = convert_boxes_to_pooler_format(box_lists)
 
+        # Contiguous, as the stock pooler's result: some heads view it in another shape, and on the
+        # CPU the grids come with their channels last.
         if self.adaptation == "none":
-            return self._pool(x, boxes, self.fusion)
+            return self._pool(x, boxes, self.fusion).contiguous()
         pooled = self._pool(x, boxes, None)
         adapted = []
         for grid, layer in zip(pooled, self.adaptation_layers):
@@ -192,7 +194,7 @@ class AdaptiveROIPooler(ROIPooler):
                 grid = grid.flatten(start_dim=1)
             adapted.append(layer(grid))
         fused = fuse_levels(adapted, self.fusion)
-        return fused[:, :, None, None] if self.adaptation == "fc" else fused
+        return fused[:, :, None, None] if self.adaptation == "fc" else fused.contiguous()
 
     def _pool(
         self, x: List[torch.Tensor], boxes: torch.Tensor, fuse: Optional[str]

@@ -104,9 +104,9 @@ def test_masks_are_what_is_visible_in_the_image(monkeypatch):
     """With flat colours in place of textures, the image says which shape is on top where."""
     drawn = []
 
-    def paint(rng, image, distance, side):
+    def paint(rng, image, distance, category, side):
         drawn.append(side)
-        image[distance < 0] = 20 * len(drawn)
+        image[distance < 0] = 15 * len(drawn)
 
     def background(rng, size):
         return np.zeros((size, size, 3), np.float32)
@@ -119,7 +119,7 @@ def test_masks_are_what_is_visible_in_the_image(monkeypatch):
         image, instances = shapes.render_image("val", index)
         assert len(drawn) == len(instances)
         # By the mean of the channels, which sensor noise hardly moves.
-        seen = np.round(image.mean(axis=-1) / 20).astype(int)
+        seen = np.round(image.mean(axis=-1) / 15).astype(int)
         assert (seen == _labels(instances)).mean() > 0.999
         overlapping += any(_components(i["mask"]) > 1 for i in instances)
     assert overlapping > 2
@@ -160,13 +160,25 @@ def test_shapes_are_whole_and_only_rings_have_a_hole(category):
 def test_shapes_stand_out_from_what_is_below(side):
     rng = np.random.default_rng(side)
     for _ in range(50):
-        distance = shapes._draw(rng, rng.integers(6), side).astype(np.float32)
+        category = rng.integers(6)
+        distance = shapes._draw(rng, category, side).astype(np.float32)
         below = np.tile(rng.uniform(0, 255, 3).astype(np.float32), (*distance.shape, 1))
         image = below.copy()
-        shapes._paint(rng, image, distance, side)
+        shapes._paint(rng, image, distance, category, side)
         change = np.linalg.norm(image - below, axis=-1)
         assert change[distance < -0.5].mean() > 40
         assert change[distance > shapes._pad(side)].max(initial=0) == 0
+
+
+def test_classes_prefer_a_hue_and_share_hues():
+    rng = np.random.default_rng(0)
+    for category in range(6):
+        colours = shapes._colours(rng, category, 4000)
+        assert colours.shape == (4000, 3) and 0 <= colours.min() and colours.max() <= 255
+        hue = cv2.cvtColor(colours[None], cv2.COLOR_RGB2HSV)[0, :, 0]
+        away = np.abs((hue - 60 * category + 180) % 360 - 180)
+        nearest_is_own = (away < 30).mean()
+        assert 0.9 < nearest_is_own < 1
 
 
 def test_files_hold_what_was_rendered(cache):

@@ -69,6 +69,7 @@ def test_is_pool_adapt_fuse(fusion, adaptation):
     }[fusion]
     result = model(x, box_lists)
     torch.testing.assert_close(result, expected)
+    assert result.is_contiguous()
     shape = model.output_shape
     assert result.shape == (7, shape.channels, shape.height, shape.width)
     assert shape.channels == (CHANNELS if adaptation == "none" else 5)
