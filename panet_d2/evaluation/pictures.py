@@ -39,7 +39,7 @@ def draw_comparison(
     factor = max(1, -(-_MIN_HEIGHT // image.shape[0]))
     size = image.shape[:2]
     canvas = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    truth = _draw(canvas, annotations, _TRUTH, size)
+    truth = _draw(canvas, annotations, _TRUTH, size, fill=0.15)
     right = _draw(canvas, match.found, _FOUND, size)
     right = _draw(right, match.false_positives, _FALSE, size)
     right = _draw(right, match.missed, _MISSED, size, fill=0.0)
