@@ -22,6 +22,7 @@ _STEMS = {
 }
 # Small beside what it is added to, and not zero, behind which a ReLU would pass no gradient.
 _WHISPER = 0.01
+_GROUPS = 32  # of Detectron2's GroupNorm
 
 
 def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conversion:
@@ -33,7 +34,8 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     new starts so that it disturbs least:
 
     - in the bottom-up path, each second conv passes its input on, and each first one is scaled
-      down to a hundredth, so that N(i) is P(i), or its positive part where a ReLU follows;
+      down to a hundredth, so that N(i) is P(i), or its positive part where a ReLU follows. A
+      GroupNorm between them would undo P(i)'s scale, so it starts with what gives it back;
     - the linear layer of the fully-connected path is zero, so that the masks are the FCN path's.
       It learns all the same, since its input is not zero.
 
@@ -79,7 +81,8 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
             continue
         if not name.startswith(("backbone.pafpn_", "roi_heads.")):
             raise CheckpointError(f"it has nothing for {name}: another architecture.")
-        result.put("initialised", "", name, *_start(name, value, model, fc_relu))
+        restored = _restoring_norm(name, result.state, model)
+        result.put("initialised", "", name, *(restored or _start(name, value, model, fc_relu)))
     result.complete(model, lambda name: None)
     return result
 
@@ -102,6 +105,25 @@ def _numbered(name: str) -> Tuple[str, int, str]:
     if match and match[1] in _STEMS.values():
         return match[1], int(match[2]), match[3]
     return name, 0, ""
+
+
+def _restoring_norm(
+    name: str, state: Tensors, model: Tensors
+) -> Optional[Tuple[torch.Tensor, str]]:
+    """
+    Scale and shift of the GroupNorm behind N(i) that give P(i) back the mean and spread that the
+    norm takes from it, by group. P(i) comes out of a GroupNorm itself, so that they follow from
+    that one's scale and shift.
+    """
+    match = re.fullmatch(r"backbone\.pafpn_output(\d)\.norm\.(weight|bias)", name)
+    if not match or name.rsplit(".", 1)[0] + ".running_mean" in model:
+        return None
+    fpn = f"backbone.fpn_output{match[1]}.norm."
+    scale, shift = (state[fpn + kind].view(_GROUPS, -1) for kind in ("weight", "bias"))
+    mean = shift.mean(dim=1, keepdim=True)
+    spread = (scale.square() + (shift - mean).square()).mean(dim=1, keepdim=True).sqrt()
+    value = spread if match[2] == "weight" else mean
+    return value.expand_as(shift).reshape(-1).clone(), "gives back what the norm takes"
 
 
 def _start(

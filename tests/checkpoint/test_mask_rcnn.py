@@ -83,6 +83,26 @@ def test_without_relu_the_neck_and_the_masks_start_as_the_donor():
         assert torch.equal(a.pred_masks, b.pred_masks)
 
 
+def test_group_norm_of_the_path_gives_back_what_it_takes():
+    opts = (
+        *("MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 64),
+        *("MODEL.PAFPN.ACTIVATION", ""),
+    )
+    donor = state(*DONOR, *opts)
+    for name, value in donor.items():
+        if name.startswith("backbone.fpn_output") and ".norm." in name:
+            value.copy_(torch.rand_like(value) + (0.5 if name.endswith("weight") else -0.5))
+    donor_model, model = build_model(tiny_cfg(*DONOR, *opts)), build_model(tiny_cfg(*opts))
+    donor_model.load_state_dict(donor)
+    model.load_state_dict(warm_start(donor, model.state_dict()).state)
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        p, n = donor_model.backbone(x), model.backbone(x)
+    for level in ("p3", "p4"):
+        error = (n[level] - p[level]).square().mean() / p[level].var()
+        assert error < 0.05, (level, error)
+
+
 def test_new_layers_learn():
     """Nothing starts where its gradient is zero for good."""
     cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", True)
