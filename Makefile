@@ -60,7 +60,7 @@ test: lint
 # keeping them makes a step on the CPU a sixth faster.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=100000000
 
-# Trained once; repeating `make demo` evaluates and draws again.
+# Trained and evaluated once; repeating `make demo` draws and scores its results again.
 $(DEMO)/model_final.pth: | $(STAMP)
 	rm -rf $(DEMO)
 	$(KEEP_MEMORY) $(BIN)/python -W ignore train_net.py --config-file configs/Shapes/panet_R_18_FPN_gn.yaml OUTPUT_DIR $(DEMO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Dict
 
 import cv2
 import numpy as np
@@ -71,6 +72,17 @@ def tiny_cfg(*opts) -> CfgNode:
     )
     cfg.merge_from_list(list(opts))
     return cfg
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    """All values of a config, by their full keys."""
+    flat: Dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat.update(leaves(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def batch(num_images: int = 2, empty: tuple[int, ...] = (), num_classes: int = 3) -> list[dict]:

@@ -1,18 +1,10 @@
 import pytest
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
 from panet_d2 import ConfigError, add_panet_config
 from panet_d2.config import checked
 
-
-def leaves(node, prefix=""):
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            found.update(leaves(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
+from .common import leaves
 
 
 def test_only_adds():

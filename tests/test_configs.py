@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple, Union
+from typing import List, Set, Tuple, Union
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ import panet_d2
 import panet_d2.data  # noqa: F401, registers the data sets that Detectron2 does not know
 from panet_d2 import add_panet_config
 
+from .common import leaves
 from .modeling import golden
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -52,17 +53,6 @@ def load(path: Union[Path, str]) -> CfgNode:
     cfg = default_config()
     cfg.merge_from_file(str(path if isinstance(path, Path) else CONFIGS / f"{path}.yaml"))
     return cfg
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
-    """All values of a config, by their full keys."""
-    flat: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            flat.update(leaves(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def changed(a: CfgNode, b: CfgNode) -> Set[str]:

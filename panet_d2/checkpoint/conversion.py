@@ -12,7 +12,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from tabulate import tabulate
 
-from .strict_checkpoint import CheckpointError
+from .strict_checkpoint import CheckpointError, listed
 
 __all__ = ["Conversion", "Row", "Rule", "apply_rules", "save_whole"]
 
@@ -106,10 +106,9 @@ class Conversion:
             ("of another shape are", shapes),
         ):
             if names:
-                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
                 raise CheckpointError(
                     "the checkpoint is not one of the model of this config (another architecture "
-                    f"or number of classes): {title} {', '.join(names[:10])}{more}."
+                    f"or number of classes): {title} {listed(names)}"
                 )
 
     def report(self) -> str:
@@ -167,9 +166,8 @@ def apply_rules(
             raise CheckpointError(f"{name} has the unfit shape {tuple(tensor.shape)}.") from e
         result.put("carried", name, target, value, rule.note)
     if unmatched:
-        more = f" and {len(unmatched) - 10} more" if len(unmatched) > 10 else ""
         raise CheckpointError(
-            f"no rule fits {len(unmatched)} names: {', '.join(unmatched[:10])}{more}. "
+            f"no rule fits {len(unmatched)} names: {listed(unmatched)} "
             "--allow-unmatched PATTERN leaves them out."
         )
     return result

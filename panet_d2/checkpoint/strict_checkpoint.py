@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-__all__ = ["CheckpointError", "StrictCheckpointer"]
+__all__ = ["CheckpointError", "StrictCheckpointer", "listed"]
 
 _NAMES_SHOWN = 20
 
@@ -86,7 +86,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         ):
             names = [n for n in names if self._matters(n, title)]
             if names:
-                complaints.append(f"{len(names)} {title}: {_listed(names)}")
+                complaints.append(f"{len(names)} {title}: {listed(names)}")
         if complaints:
             raise CheckpointError(
                 "The checkpoint does not fit the model of this config. " + "; ".join(complaints)
@@ -101,6 +101,14 @@ class StrictCheckpointer(DetectionCheckpointer):
         return title != "in it but not in the model" and name.startswith(tuple(self.required))
 
 
-def _listed(names: List[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "") + "."
+def listed(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
+    """
+    Args:
+        names (sequence[str]): names of tensors, for an error.
+        shown (int): how many of them to write out.
+
+    Returns:
+        str: "a, b and 3 more."
+    """
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "") + "."
