@@ -27,7 +27,9 @@ class Rule:
     Args:
         pattern (str): regular expression.
         target: the new name, with ``\\1`` or ``\\g<name>`` for the groups of the pattern, or a
-            function from the match to the name; or None to leave the tensor out.
+            function from the match to the name; or None to leave the tensor out. A name with an
+            index, as ``layers.weight[2]``, is that part of a tensor which several make up, one
+            after the other along the first axis.
         transform: from the tensor to the one that is stored.
         note (str): what the transform does, or why the tensor is left out.
     """
@@ -73,6 +75,27 @@ class Conversion:
     def leave_out(self, source: str, tensor: torch.Tensor, note: str) -> None:
         """Record that a tensor is not used."""
         self.rows.append(Row("left out", source, "", tuple(tensor.shape), note))
+
+    def join_parts(self) -> None:
+        """
+        Make one tensor of all whose names differ in their index alone.
+
+        Raises:
+            CheckpointError: if one of them is missing.
+        """
+        parts: Dict[str, Dict[int, torch.Tensor]] = {}
+        for target in list(self.state):
+            match = re.fullmatch(r"(.+)\[(\d+)\]", target)
+            if match:
+                parts.setdefault(match[1], {})[int(match[2])] = self.state.pop(target)
+        for name, tensors in parts.items():
+            missing = [i for i in range(max(tensors) + 1) if i not in tensors]
+            if missing:
+                raise CheckpointError(f"it has nothing for {name}[{missing[0]}].")
+            try:
+                self.state[name] = torch.cat([tensors[i] for i in range(len(tensors))])
+            except RuntimeError as e:
+                raise CheckpointError(f"the parts of {name} have unfit shapes: {e}") from e
 
     def complete(self, model: Tensors, may_initialise: Callable[[str], Optional[str]]) -> None:
         """
@@ -142,7 +165,7 @@ def apply_rules(
         Conversion: what the rules make of it, not yet complete.
 
     Raises:
-        CheckpointError: if a name matches no rule, or two become one.
+        CheckpointError: if a name matches no rule, two become one, or a part of one is missing.
     """
     result = Conversion()
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
@@ -170,6 +193,7 @@ def apply_rules(
             f"no rule fits {len(unmatched)} names: {listed(unmatched)} "
             "--allow-unmatched PATTERN leaves them out."
         )
+    result.join_parts()
     return result
 
 

@@ -58,8 +58,10 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     for name, tensor in source.items():
         stem, number, rest = _numbered(name)
         if stem in adaptations and number == 1:
-            for layer in adaptations[stem]:
-                result.put("copied", name, f"{layer}.{rest}", tensor, "into every level")
+            layer = f"{adaptations[stem]}.{rest}"
+            if tensor.dim() and layer in model:
+                tensor = torch.cat([tensor] * (len(model[layer]) // max(1, len(tensor))))
+            result.put("copied", name, layer, tensor, "into every level")
             continue
         target = f"{stem}{number - 1}.{rest}" if stem in adaptations else name
         if target not in model:
@@ -87,15 +89,13 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     return result
 
 
-def _adaptation_layers(model: Tensors) -> Dict[str, Tuple[str, ...]]:
-    """Stem of the head's layers -> names of the adaptation layers that stand for its first."""
-    layers: Dict[str, Tuple[str, ...]] = {}
-    pattern = re.compile(r"(roi_heads\.(\w+)_pooler\.adaptation_layers\.\d+)\.weight")
+def _adaptation_layers(model: Tensors) -> Dict[str, str]:
+    """Stem of the head's layers -> name of the adaptation layers that stand for its first."""
+    layers: Dict[str, str] = {}
     for name, value in model.items():
-        match = pattern.fullmatch(name)
+        match = re.fullmatch(r"(roi_heads\.(\w+)_pooler\.adaptation_layers)\.weight", name)
         if match:
-            stem = _STEMS[match[2], value.dim()]
-            layers[stem] = (*layers.get(stem, ()), match[1])
+            layers[_STEMS[match[2], value.dim()]] = match[1]
     return layers
 
 

@@ -17,6 +17,14 @@ def _layer(match: re.Match) -> str:
     return {"0": "", "1": "norm."}[match["part"]] + match["kind"]
 
 
+def _levelwise(prefix: str, target: str) -> Rule:
+    """A rule for a layer that each level has of its own, with its norm; ours is one layer."""
+    return Rule(
+        rf"{prefix}\.(?P<level>[0-3])\.(?P<part>[01])\.(?P<kind>weight|bias)",
+        lambda match: f"{target}.{_layer(match)}[{match['level']}]",
+    )
+
+
 def _sequential(prefix: str, target: Callable[[re.Match], str]) -> Rule:
     """A rule for both parts of a layer with its norm; ``target`` names the layer."""
     pattern = rf"{prefix}\.(?P<part>[01])\.(?P<kind>weight|bias)"
@@ -94,7 +102,6 @@ def release_rules() -> List[Rule]:
         list[Rule]: for all names in the three released models, and in modules taken from them.
     """
     box, mask = "roi_heads.box_", "roi_heads.mask_"
-    adaptation = r"\.(?P<level>[0-3])"
     return [
         *_neck(),
         *_resnet(),
@@ -104,17 +111,11 @@ def release_rules() -> List[Rule]:
         ),
         _plain(r"RPN\.FPN_RPN_bbox_pred", lambda m: "proposal_generator.rpn_head.anchor_deltas"),
         # 4conv1fc
-        _sequential(
-            r"Box_Head\.conv1_head" + adaptation,
-            lambda m: f"{box}pooler.adaptation_layers.{m['level']}",
-        ),
+        _levelwise(r"Box_Head\.conv1_head", f"{box}pooler.adaptation_layers"),
         _stacked(r"Box_Head\.convs", f"{box}head.conv"),
         _plain(r"Box_Head\.fc", lambda m: f"{box}head.fc1"),
         # 2fc
-        _sequential(
-            r"Box_Head\.fc1" + adaptation,
-            lambda m: f"{box}pooler.adaptation_layers.{m['level']}",
-        ),
+        _levelwise(r"Box_Head\.fc1", f"{box}pooler.adaptation_layers"),
         _sequential(r"Box_Head\.fc2", lambda m: f"{box}head.fc1"),
         Rule(
             r"Box_Outs\.cls_score\.(weight|bias)",
@@ -128,10 +129,7 @@ def release_rules() -> List[Rule]:
             lambda tensor: tensor[4:],
             "deltas of background left out",
         ),
-        _sequential(
-            r"Mask_Head\.mask_conv1" + adaptation,
-            lambda m: f"{mask}pooler.adaptation_layers.{m['level']}",
-        ),
+        _levelwise(r"Mask_Head\.mask_conv1", f"{mask}pooler.adaptation_layers"),
         _stacked(r"Mask_Head\.conv_fcn", f"{mask}head.mask_fcn"),
         _sequential(r"Mask_Head\.mask_conv4", lambda m: f"{mask}head.mask_fcn3"),
         _sequential(r"Mask_Head\.mask_conv4_fc", lambda m: f"{mask}head.fc_fusion.conv1"),

@@ -1,4 +1,12 @@
+from .levelwise import LevelwiseConv2d, LevelwiseLinear
 from .linear import Linear
 from .multilevel_roi_align import FUSIONS, fuse_levels, multilevel_roi_align
 
-__all__ = ["FUSIONS", "Linear", "fuse_levels", "multilevel_roi_align"]
+__all__ = [
+    "FUSIONS",
+    "LevelwiseConv2d",
+    "LevelwiseLinear",
+    "Linear",
+    "fuse_levels",
+    "multilevel_roi_align",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import List, Optional, Sequence, Tuple
+from functools import cache
+from typing import Iterable, List, Optional, Tuple
 
 import torch
 from torchvision.ops import roi_align
@@ -16,12 +17,12 @@ __all__ = ["FUSIONS", "fuse_levels", "multilevel_roi_align", "multilevel_roi_ali
 FUSIONS = ("max", "sum", "mean", "product")
 
 
-def fuse_levels(levels: Sequence[torch.Tensor], fusion: str) -> torch.Tensor:
+def fuse_levels(levels: Iterable[torch.Tensor], fusion: str) -> torch.Tensor:
     """
     Fuse tensors of one shape element by element.
 
     Args:
-        levels (sequence[Tensor]): at least one tensor, all of the same shape.
+        levels (iterable[Tensor]): at least one tensor, all of the same shape.
         fusion (str): one of :data:`FUSIONS`.
 
     Returns:
@@ -30,20 +31,20 @@ def fuse_levels(levels: Sequence[torch.Tensor], fusion: str) -> torch.Tensor:
     Raises:
         ValueError: for another ``fusion``.
     """
-    if fusion not in ("max", "sum", "mean", "product"):  # FUSIONS; spelled out for TorchScript
-        raise ValueError(f"fusion is {fusion!r}; it must be one of max, sum, mean, product.")
-    fused = levels[0]
-    for level in levels[1:]:
-        # One level at a time: stacking them first would double the memory of what is pooled.
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}.")
+    levels = iter(levels)
+    fused, count = next(levels), 1
+    # One level at a time: stacking them first would double the memory of what is pooled.
+    for level in levels:
+        count += 1
         if fusion == "max":
             fused = torch.maximum(fused, level)
         elif fusion == "product":
             fused = fused * level
         else:
             fused = fused + level
-    if fusion == "mean":
-        fused = fused / len(levels)
-    return fused
+    return fused / count if fusion == "mean" else fused
 
 
 def multilevel_roi_align(
@@ -62,9 +63,13 @@ def multilevel_roi_align(
     coordinates are never rounded to the features' type, in which a coordinate beyond 2048 would
     not even keep its whole pixels.
 
-    What computes it is chosen by device: on the CPU :func:`roi_align_levels_cpu`, elsewhere
+    What computes it is chosen by device: on CUDA :func:`roi_align_levels_triton`, where Triton is
+    installed; on the CPU :func:`roi_align_levels_cpu`; and for whatever these do not cover
     :func:`multilevel_roi_align_reference`. The environment variable ``PANET_D2_ROI_ALIGN`` set to
     ``reference`` chooses the latter everywhere.
+
+    On CUDA the gradient of the features is a sum in no fixed order, as torchvision's is. Under
+    :func:`torch.use_deterministic_algorithms` it is torchvision's deterministic one.
 
     Args:
         features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), from the finest level
@@ -80,33 +85,65 @@ def multilevel_roi_align(
 
     Returns:
         Tensor: of the type of the features; shape (L, M, C, h, w) where ``fuse`` is None, else
-        (M, C, h, w).
+        (M, C, h, w). In memory, (M, h, w, L, C) or (M, h, w, C), unless it is the reference's.
 
     Raises:
         ValueError: for another ``fuse``.
     """
     dtype = features[0].dtype
+    chosen = _implementation(features, sampling_ratio)
+    if chosen == "triton":
+        from .roi_align_triton import TRITON_FUSIONS, roi_align_levels_triton
+
+        on_the_way = fuse if fuse in TRITON_FUSIONS else None
+        result = roi_align_levels_triton(
+            features, boxes, scales, output_size, sampling_ratio, aligned, on_the_way
+        )
+        return result if fuse == on_the_way else fuse_levels(result.unbind(), fuse)
+
     # Double stays double, for gradient checks.
     pooled_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    features = [feature.to(pooled_dtype) for feature in features]
-    boxes = boxes.to(pooled_dtype)
-    if _covered_by_cpu(features[0], sampling_ratio):
-        pooled = roi_align_levels_cpu(features, boxes, scales, output_size, sampling_ratio, aligned)
-        result = pooled if fuse is None else fuse_levels(pooled.unbind(0), fuse)
+    args = (scales, output_size, sampling_ratio, aligned)
+    features, boxes = [f.to(pooled_dtype) for f in features], boxes.to(pooled_dtype)
+    if chosen == "reference":
+        result = multilevel_roi_align_reference(features, boxes, *args, fuse)
     else:
-        result = multilevel_roi_align_reference(
-            features, boxes, scales, output_size, sampling_ratio, aligned, fuse
-        )
+        levels = roi_align_levels_cpu(features, boxes, *args)
+        if fuse is None:
+            levels = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=3)
+            result = levels.permute(3, 0, 4, 1, 2)
+        else:
+            result = fuse_levels(levels, fuse)
     return result.to(dtype)
 
 
-def _covered_by_cpu(feature: torch.Tensor, sampling_ratio: int) -> bool:
-    return (
-        feature.device.type == "cpu"
-        and sampling_ratio > 0  # an adaptive number of samples is not the same for all boxes
-        and not torch.jit.is_tracing()  # exporters know torchvision's op
-        and os.environ.get("PANET_D2_ROI_ALIGN") != "reference"
-    )
+def _implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
+    """Which implementation takes these: "triton", "cpu" or "reference"."""
+    if (
+        os.environ.get("PANET_D2_ROI_ALIGN") == "reference"
+        or sampling_ratio <= 0  # an adaptive number of samples is not the same for all boxes
+        or torch.jit.is_tracing()  # exporters know torchvision's op
+    ):
+        return "reference"
+    device = features[0].device
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda" and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+        from .roi_align_triton import covers
+
+        if covers(features, sampling_ratio):
+            return "triton"
+    return "reference"
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether there is a Triton that passes tuples to kernels."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 def multilevel_roi_align_reference(

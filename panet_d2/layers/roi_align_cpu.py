@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import Iterator, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ def roi_align_levels_cpu(
     output_size: Tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     """
-    torchvision's RoIAlign of the same boxes on several feature maps.
+    torchvision's RoIAlign of the same boxes on several feature maps, one after the other.
 
     torchvision's CPU kernel runs on one core. But a bin is nothing else than a weighted sum of
     the few pixels around its samples, which is what an embedding bag computes, forward and
@@ -34,13 +34,12 @@ def roi_align_levels_cpu(
         sampling_ratio (int): samples along each side of a bin, at least 1.
         aligned (bool): shift the boxes by half a pixel.
 
-    Returns:
-        Tensor: shape (L, M, C, h, w); in memory the channels are last.
+    Yields:
+        Tensor: shape (M, C, h, w) for each level; in memory the channels are last.
     """
     boxes = boxes.detach()  # as in torchvision, there are no gradients for boxes
     num_boxes, (height, width) = len(boxes), output_size
     channels, samples = features[0].shape[1], (2 * sampling_ratio) ** 2
-    pooled = []
     for feature, scale in zip(features, scales):
         index, weight = _samples(
             boxes, feature.shape[-2:], scale, output_size, sampling_ratio, aligned
@@ -53,8 +52,7 @@ def roi_align_levels_cpu(
             per_sample_weights=weight.view(-1, samples),
             mode="sum",
         )
-        pooled.append(bins.view(num_boxes, height, width, channels))
-    return torch.stack(pooled).permute(0, 1, 4, 2, 3)
+        yield bins.view(num_boxes, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _samples(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
-import fvcore.nn.weight_init as weight_init
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torch import nn
 
 from ..config import ConfigError, checked
-from ..layers import FUSIONS, Linear, fuse_levels, multilevel_roi_align
+from ..layers import FUSIONS, LevelwiseConv2d, LevelwiseLinear, fuse_levels, multilevel_roi_align
 
 __all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler"]
 
@@ -87,30 +86,14 @@ class AdaptiveROIPooler(ROIPooler):
         dim = in_channels if adaptation_dim is None or adaptation == "none" else adaptation_dim
         self.out_channels = dim
 
-        # Index 0 is the finest level. Their weights are independent (the paper's fig. 1c).
-        self.adaptation_layers = nn.ModuleList()
+        # The paper's fig. 1c: the levels' weights are independent.
         height, width = self.output_size
-        for _ in scales if adaptation != "none" else ():
-            if adaptation == "conv":
-                layer = Conv2d(
-                    in_channels,
-                    dim,
-                    kernel_size=3,
-                    padding=1,
-                    bias=not norm,
-                    norm=get_norm(norm, dim),
-                    activation=nn.ReLU(),
-                )
-                weight_init.c2_msra_fill(layer)  # as the first conv of Detectron2's heads
-            else:
-                layer = Linear(
-                    in_channels * height * width,
-                    dim,
-                    norm=get_norm(norm, dim),
-                    activation=nn.ReLU(),
-                )
-                weight_init.c2_xavier_fill(layer)  # as the first fc of Detectron2's heads
-            self.adaptation_layers.append(layer)
+        if adaptation == "conv":
+            self.adaptation_layers = LevelwiseConv2d(in_channels, dim, len(scales), norm)
+        elif adaptation == "fc":
+            self.adaptation_layers = LevelwiseLinear(
+                in_channels * height * width, dim, len(scales), norm
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec], head: str) -> dict:
@@ -181,20 +164,34 @@ class AdaptiveROIPooler(ROIPooler):
         if len(box_lists) == 0:
             shape = self.output_shape
             return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
-        boxes = convert_boxes_to_pooler_format(box_lists)
-
-        # Contiguous, as the stock pooler's result: some heads view it in another shape, and on the
-        # CPU the grids come with their channels last.
+        boxes = _pooler_format(box_lists)
+        # Contiguous, as the stock pooler's result: some heads view it in another shape, and the
+        # grids come with their channels last.
         if self.adaptation == "none":
             return self._pool(x, boxes, self.fusion).contiguous()
-        pooled = self._pool(x, boxes, None)
-        adapted = []
-        for grid, layer in zip(pooled, self.adaptation_layers):
-            if self.adaptation == "fc":
-                grid = grid.flatten(start_dim=1)
-            adapted.append(layer(grid))
-        fused = fuse_levels(adapted, self.fusion)
+        levels = self.adapt(self._pool(x, boxes, None))
+        if self.fusion == "max":
+            # The maximum of what a ReLU lets through is what it lets through of the maximum.
+            fused = fuse_levels(levels.unbind(), "max").relu()
+        else:
+            fused = fuse_levels(levels.relu().unbind(), self.fusion)
         return fused[:, :, None, None] if self.adaptation == "fc" else fused.contiguous()
+
+    def adapt(self, pooled: torch.Tensor) -> torch.Tensor:
+        """
+        Run each level's adaptation layer, up to its ReLU, which follows.
+
+        Args:
+            pooled (Tensor): the grids of M boxes from all levels, of shape (L, M, in_channels,
+                height, width).
+
+        Returns:
+            Tensor: shape (L, M, channels, height, width), or (L, M, channels) where the layer is
+            an "fc".
+        """
+        if self.adaptation == "fc":
+            pooled = pooled.flatten(start_dim=2)
+        return self.adaptation_layers(pooled)
 
     def _pool(
         self, x: List[torch.Tensor], boxes: torch.Tensor, fuse: Optional[str]
@@ -215,6 +212,16 @@ class AdaptiveROIPooler(ROIPooler):
 
     def extra_repr(self) -> str:
         return f"fusion={self.fusion!r}, adaptation={self.adaptation!r}"
+
+
+def _pooler_format(box_lists: List[Boxes]) -> torch.Tensor:
+    """
+    All boxes, each behind the index of its image in the batch. Detectron2 has this too, but there
+    the counts of boxes go to the device and back, for which the device must be waited for.
+    """
+    return torch.cat(
+        [F.pad(boxes.tensor, (1, 0), value=float(image)) for image, boxes in enumerate(box_lists)]
+    )
 
 
 def _check_scales(scales: Sequence[float]) -> None:

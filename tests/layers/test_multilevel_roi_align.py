@@ -74,7 +74,9 @@ def test_reference_can_be_chosen(monkeypatch):
     called = []
     # By import_module, because the package has a function of the module's name.
     module = import_module("panet_d2.layers.multilevel_roi_align")
-    monkeypatch.setattr(module, "roi_align_levels_cpu", lambda *a: called.append(a) or expected)
+    monkeypatch.setattr(
+        module, "roi_align_levels_cpu", lambda *a: called.append(a) or iter(expected)
+    )
     multilevel_roi_align(*args)
     assert len(called) == 1
     monkeypatch.setenv("PANET_D2_ROI_ALIGN", "reference")

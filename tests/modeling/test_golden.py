@@ -78,12 +78,13 @@ def test_pooling_trick_is_exact():
 
 
 def load_adaptation(pooler, weights, prefix):
-    state = {}
-    for key, value in weights.items():
+    levels = {}
+    for key in sorted(weights):  # level by level
         if key.startswith(prefix):
-            level, rest = key.removeprefix(prefix).split(".", 1)
-            state[f"adaptation_layers.{level}.{golden.conv_norm_name(rest)}"] = value
-    pooler.load_state_dict(state)
+            rest = key.removeprefix(prefix).split(".", 1)[1]
+            name = f"adaptation_layers.{golden.conv_norm_name(rest)}"
+            levels.setdefault(name, []).append(weights[key])
+    pooler.load_state_dict({name: torch.cat(values) for name, values in levels.items()})
 
 
 def test_box_head_4conv1fc():

@@ -50,15 +50,16 @@ def flat(box_lists):
 def test_is_pool_adapt_fuse(fusion, adaptation):
     model = pooler(fusion=fusion, adaptation=adaptation, adaptation_dim=5).double()
     x, box_lists = features(torch.float64), boxes(3, 4)
+    if adaptation != "none":
+        weights = model.adaptation_layers.weight.chunk(len(SCALES))
+        biases = model.adaptation_layers.bias.chunk(len(SCALES))
     levels = []
     for level, (feature, scale) in enumerate(zip(x, SCALES)):
         grid = roi_align(feature, flat(box_lists).double(), (7, 7), scale, 2, True)
         if adaptation == "conv":
-            layer = model.adaptation_layers[level]
-            grid = torch.conv2d(grid, layer.weight, layer.bias, padding=1).relu()
+            grid = torch.conv2d(grid, weights[level], biases[level], padding=1).relu()
         elif adaptation == "fc":
-            layer = model.adaptation_layers[level]
-            grid = (grid.flatten(1) @ layer.weight.T + layer.bias).relu()[:, :, None, None]
+            grid = (grid.flatten(1) @ weights[level].T + biases[level]).relu()[:, :, None, None]
         levels.append(grid)
     levels = torch.stack(levels)
     expected = {
@@ -80,9 +81,10 @@ def test_every_level_counts_and_has_its_own_weights():
     x, box_lists = [f.requires_grad_() for f in features()], boxes(4, 4)
     model(x, box_lists).square().sum().backward()
     assert all(f.grad.abs().sum() > 0 for f in x)
-    weights = [layer.weight for layer in model.adaptation_layers]
-    assert len({w.data_ptr() for w in weights}) == len(SCALES)
-    assert all(w.grad.abs().sum() > 0 for w in weights)
+    weight = model.adaptation_layers.weight
+    assert weight.shape == (len(SCALES) * CHANNELS, CHANNELS, 3, 3)
+    assert all(grad.abs().sum() > 0 for grad in weight.grad.chunk(len(SCALES)))
+    assert not torch.equal(*weight.chunk(len(SCALES))[:2])
 
 
 def test_one_level_without_adaptation_is_the_stock_pooler():
@@ -190,12 +192,12 @@ def test_from_config():
     box = AdaptiveROIPooler(cfg, SHAPES, "ROI_BOX_HEAD")
     assert (box.fusion, box.adaptation, box.pooler_type) == ("mean", "conv", "ROIAlign")
     assert box.output_shape == ShapeSpec(channels=64, height=7, width=7)
-    assert isinstance(box.adaptation_layers[0].norm, torch.nn.GroupNorm)
+    assert box.adaptation_layers.norm.num_groups == 4 * 32
     mask = AdaptiveROIPooler(cfg, SHAPES, "ROI_MASK_HEAD")
     assert mask.output_shape == ShapeSpec(channels=24, height=14, width=14)
     keypoint = AdaptiveROIPooler(cfg, SHAPES, "ROI_KEYPOINT_HEAD")
     assert keypoint.output_shape.channels == 48
-    assert keypoint.adaptation_layers[0].norm is None
+    assert keypoint.adaptation_layers.norm is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Layers that every level of a pyramid has of its own, run for all levels at once."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional, Union
+
+import torch
+from detectron2.layers import get_norm
+from torch import nn
+
+__all__ = ["LevelwiseConv2d", "LevelwiseLinear"]
+
+Norm = Union[str, Callable[[int], nn.Module]]
+
+# Norms that treat each channel by itself, so that one of them is one for each level.
+_CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+
+class LevelwiseConv2d(nn.Conv2d):
+    """
+    A 3x3 conv, and a norm, for each level, with independent weights: one grouped convolution.
+
+    Along the first axis of every parameter and buffer come the first level's, the second's, and
+    so on, as ``out_channels`` each.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, levels: int, norm: Norm = ""):
+        """
+        Args:
+            in_channels (int): channels of each level.
+            out_channels (int): output channels of each level.
+            levels (int): number of levels.
+            norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
+        """
+        super().__init__(
+            levels * in_channels,
+            levels * out_channels,
+            kernel_size=3,
+            padding=1,
+            groups=levels,
+            bias=not norm,
+        )
+        self.norm = _levelwise_norm(norm, out_channels, levels)
+        # Level by level, because the scale follows from the number of outputs. It is that of
+        # fvcore's c2_msra_fill, which Detectron2's heads use for their convs.
+        for weight in self.weight.detach().chunk(levels):
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.constant_(self.bias, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x (Tensor): shape (L, M, in_channels, h, w). If in memory it is (M, h, w, L,
+                in_channels), it is read as it is.
+
+        Returns:
+            Tensor: shape (L, M, out_channels, h, w).
+        """
+        x = super().forward(x.transpose(0, 1).flatten(1, 2))
+        if self.norm is not None:
+            x = self.norm(x)
+        return x.unflatten(1, (self.groups, self.out_channels // self.groups)).transpose(0, 1)
+
+
+class LevelwiseLinear(nn.Module):
+    """
+    A linear layer, and a norm, for each level, with independent weights: one batched matrix
+    product. The parameters are laid out as those of :class:`LevelwiseConv2d`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, levels: int, norm: Norm = ""):
+        """
+        Args:
+            in_features (int): length of each input.
+            out_features (int): length of each output.
+            levels (int): number of levels.
+            norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
+        """
+        super().__init__()
+        self.levels = levels
+        self.weight = nn.Parameter(torch.empty(levels * out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(levels * out_features))
+        self.norm = _levelwise_norm(norm, out_features, levels)
+        # fvcore's c2_xavier_fill, which Detectron2's heads use for their fc layers.
+        nn.init.kaiming_uniform_(self.weight, a=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x (Tensor): shape (L, M, in_features).
+
+        Returns:
+            Tensor: shape (L, M, out_features).
+        """
+        weight = self.weight.unflatten(0, (self.levels, -1)).transpose(1, 2)
+        x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
+        if self.norm is None:
+            return x
+        # Detectron2's norms expect NCHW.
+        x = self.norm(x.transpose(0, 1).flatten(1)[:, :, None, None])[:, :, 0, 0]
+        return x.unflatten(1, (self.levels, -1)).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features // self.levels}, levels={self.levels}"
+
+
+class _NormOfEachLevel(nn.ModuleList):
+    """Norms over the levels' channels, for those that no single norm stands for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([norm(part) for norm, part in zip(self, x.chunk(len(self), 1))], 1)
+
+
+def _levelwise_norm(norm: Norm, channels: int, levels: int) -> Optional[nn.Module]:
+    """A norm of ``channels`` for each of the ``levels``, over all their channels in a row."""
+    if not norm:
+        return None
+    if norm == "GN":
+        single = get_norm(norm, channels)
+        return nn.GroupNorm(levels * single.num_groups, levels * channels)
+    if norm in _CHANNELWISE:
+        return get_norm(norm, levels * channels)
+    return _NormOfEachLevel(get_norm(norm, channels) for _ in range(levels))
