@@ -11,7 +11,7 @@ from typing import List, Optional
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
 from panet_d2.checkpoint.convert import KINDS, convert
-from panet_d2.data import DataError
+from panet_d2.data import DataError, build_training_sample_loader
 from panet_d2.engine import setup_config
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs")
@@ -35,12 +35,21 @@ def main(argv: Optional[List[str]] = None) -> int:
         metavar="PATTERN",
         help="names that may be left out although no rule says so, e.g. 'Keypoint_*'",
     )
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="IMAGES",
+        help="mask-rcnn: fit the copied layers to so many images of the config's DATASETS.TRAIN",
+    )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
     args = parser.parse_args(argv)
+    if args.calibrate is not None and (args.kind != "mask-rcnn" or args.calibrate < 1):
+        parser.error("--calibrate is for mask-rcnn, and takes at least one image")
     config_file = args.config_file or os.path.join(CONFIGS, DEFAULT_CONFIGS[args.kind])
     try:
-        cfg = setup_config(config_file, args.opts, needed=())
-        result = convert(args.kind, args.input, args.output, cfg, args.allow_unmatched)
+        cfg = setup_config(config_file, args.opts, needed=("TRAIN",) if args.calibrate else ())
+        images = build_training_sample_loader(cfg, args.calibrate) if args.calibrate else None
+        result = convert(args.kind, args.input, args.output, cfg, args.allow_unmatched, images)
     except (CheckpointError, ConfigError, DataError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from dataclasses import replace
+from typing import Iterable, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from .calibration import calibrate
 from .conversion import Conversion, apply_rules, save_whole
 from .mask_rcnn import warm_start
 from .mmdet import mmdet_rules
@@ -20,7 +22,12 @@ KINDS = ("release", "mmdet", "mask-rcnn")
 
 
 def convert(
-    kind: str, source: str, output: str, cfg: CfgNode, allow_unmatched: Sequence[str] = ()
+    kind: str,
+    source: str,
+    output: str,
+    cfg: CfgNode,
+    allow_unmatched: Sequence[str] = (),
+    calibration: Optional[Iterable[List[dict]]] = None,
 ) -> Conversion:
     """
     Convert a checkpoint into one of the model of a config.
@@ -34,6 +41,8 @@ def convert(
         cfg (CfgNode): config of the model.
         allow_unmatched (sequence[str]): shell patterns of names that may be left out though no
             rule says so; "release" and "mmdet" only.
+        calibration (iterable[list[dict]] or None): batches of training images, as the model takes
+            them for inference, for :func:`calibrate`; "mask-rcnn" only.
 
     Returns:
         Conversion: the account of every tensor.
@@ -61,5 +70,22 @@ def convert(
             result.complete(model, may_initialise)
     except CheckpointError as e:
         raise CheckpointError(f"{source}: {e}") from None
+    if calibration is not None:
+        _calibrate(result, cfg, calibration)
     save_whole(result.state, output, f"panet_d2, converted from {kind}")
     return result
+
+
+def _calibrate(result: Conversion, cfg: CfgNode, inputs: Iterable[List[dict]]) -> None:
+    """Calibrate the adaptation layers of a warm start, and note it in the account."""
+    model = build_model(cfg)
+    model.load_state_dict(result.state)
+    calibrate(model, inputs)
+    before = result.state
+    result.state = {name: value.cpu() for name, value in model.state_dict().items()}
+    result.rows = [
+        replace(row, note=f"{row.note}, calibrated")
+        if row.target and not before[row.target].equal(result.state[row.target])
+        else row
+        for row in result.rows
+    ]

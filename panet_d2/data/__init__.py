@@ -1,3 +1,4 @@
+from .build import build_training_sample_loader
 from .dataset_mapper import NamedImageMapper
 from .datasets import register_shapes
 from .register import DataError, register_coco_file, setup_datasets
@@ -5,6 +6,7 @@ from .register import DataError, register_coco_file, setup_datasets
 __all__ = [
     "DataError",
     "NamedImageMapper",
+    "build_training_sample_loader",
     "register_coco_file",
     "register_shapes",
     "setup_datasets",

@@ -164,18 +164,24 @@ class AdaptiveROIPooler(ROIPooler):
         if len(box_lists) == 0:
             shape = self.output_shape
             return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
-        boxes = _pooler_format(box_lists)
         # Contiguous, as the stock pooler's result: some heads view it in another shape, and the
         # grids come with their channels last.
         if self.adaptation == "none":
-            return self._pool(x, boxes, self.fusion).contiguous()
-        levels = self.adapt(self._pool(x, boxes, None))
-        if self.fusion == "max":
-            # The maximum of what a ReLU lets through is what it lets through of the maximum.
-            fused = fuse_levels(levels.unbind(), "max").relu()
-        else:
-            fused = fuse_levels(levels.relu().unbind(), self.fusion)
+            return self._pool(x, box_lists, self.fusion).contiguous()
+        fused = self.fuse(self.adapt(self.pool_levels(x, box_lists)))
         return fused[:, :, None, None] if self.adaptation == "fc" else fused.contiguous()
+
+    def pool_levels(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """
+        Pool all boxes from all levels; the first of the steps that :meth:`forward` consists of.
+
+        Args:
+            x, box_lists: see :meth:`forward`.
+
+        Returns:
+            Tensor: shape (L, M, in_channels, height, width).
+        """
+        return self._pool(x, box_lists, None)
 
     def adapt(self, pooled: torch.Tensor) -> torch.Tensor:
         """
@@ -193,10 +199,26 @@ class AdaptiveROIPooler(ROIPooler):
             pooled = pooled.flatten(start_dim=2)
         return self.adaptation_layers(pooled)
 
+    def fuse(self, levels: torch.Tensor) -> torch.Tensor:
+        """
+        Put the ReLU behind the adaptation layers, and make one of the levels.
+
+        Args:
+            levels (Tensor): shape (L, M, ...), as from :meth:`adapt`.
+
+        Returns:
+            Tensor: shape (M, ...).
+        """
+        if self.fusion == "max":
+            # The maximum of what a ReLU lets through is what it lets through of the maximum.
+            return fuse_levels(levels.unbind(), "max").relu()
+        return fuse_levels(levels.relu().unbind(), self.fusion)
+
     def _pool(
-        self, x: List[torch.Tensor], boxes: torch.Tensor, fuse: Optional[str]
+        self, x: List[torch.Tensor], box_lists: List[Boxes], fuse: Optional[str]
     ) -> torch.Tensor:
         """Pool all boxes from all levels, see :func:`panet_d2.layers.multilevel_roi_align`."""
+        boxes = _pooler_format(box_lists)
         if self.pooler_type in ("ROIAlign", "ROIAlignV2"):
             return multilevel_roi_align(
                 x,

@@ -185,3 +185,20 @@ def test_works_on_any_backbone():
     bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     model = PAFPN(bottom_up=bottom_up, in_features=["res3", "res4"], out_channels=8)
     assert list(model(torch.randn(1, 3, 32, 32))) == ["p3", "p4"]
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
+def test_channels_last(norm):
+    """The same numbers, in another order in memory."""
+    opts = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", "GN" if norm == "GN" else "")
+    plain = build_backbone(tiny_cfg(*opts)).eval()
+    last = build_backbone(tiny_cfg(*opts, "MODEL.PAFPN.CHANNELS_LAST", True)).eval()
+    last.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected, result = plain(x), last(x)
+    for level in LEVELS:
+        assert result[level].is_contiguous(memory_format=torch.channels_last), level
+        assert not expected[level].is_contiguous(memory_format=torch.channels_last), level
+        torch.testing.assert_close(result[level], expected[level], rtol=1e-4, atol=1e-4)
+    assert last.pafpn_output3.weight.is_contiguous(memory_format=torch.channels_last)

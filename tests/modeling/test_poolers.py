@@ -8,10 +8,11 @@ from torchvision.ops import roi_align
 from panet_d2 import AdaptiveROIPooler, ConfigError
 from panet_d2.layers import FUSIONS
 
-from ..common import DEVICES, tiny_cfg
+from ..common import DEVICES, needs_cuda, tiny_cfg
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 CHANNELS = 6
+CUDA_HALF = pytest.param("cuda", torch.float16, marks=needs_cuda)
 
 
 def pooler(**kwargs):
@@ -129,6 +130,34 @@ def test_low_precision(dtype, adaptation, device):
     assert result.dtype == dtype
     # Weights, grid and result are each rounded once; sums run over 54 or 294 products.
     torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.bfloat16), CUDA_HALF])
+@pytest.mark.parametrize("adaptation", ["conv", "fc", "none"])
+def test_autocast(adaptation, device, dtype):
+    """What comes in half precision is pooled, adapted and fused in it."""
+    model = pooler(adaptation=adaptation, adaptation_dim=5).to(device)
+    x, box_lists = features(device=device), boxes(3, 4, device=device)
+    x = [f.to(dtype) for f in x]
+    with torch.autocast(device, dtype=dtype):
+        assert model.pool_levels(x, box_lists).dtype == dtype
+        result = model(x, box_lists)
+    assert result.dtype == dtype
+    expected = model([f.float() for f in x], box_lists)
+    torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.05)
+
+
+@needs_cuda
+@pytest.mark.parametrize("adaptation", ["conv", "fc", "none"])
+def test_does_not_wait_for_the_device(adaptation):
+    model = pooler(adaptation=adaptation).to("cuda")
+    x, box_lists = features(device="cuda"), boxes(3, 4, device="cuda")
+    model(x, box_lists)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, box_lists).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("pooler_type, aligned", [("ROIAlign", False), ("ROIAlignV2", True)])

@@ -49,6 +49,7 @@ class PAFPN(FPN):
         activation: str = "relu",
         bottom_up_input: str = "output",
         bias_before_norm: bool = False,
+        channels_last: bool = False,
     ):
         """
         Args:
@@ -64,6 +65,8 @@ class PAFPN(FPN):
                 mmdetection's PAFPN.
             bias_before_norm (bool): give the bottom-up convs a bias even where a norm follows, as
                 in the authors' release.
+            channels_last (bool): have the feature maps of ``bottom_up`` and of the neck lie in
+                memory with their channels last.
 
         Raises:
             ValueError: if ``activation`` or ``bottom_up_input`` is unknown, or ``in_features`` are
@@ -117,6 +120,9 @@ class PAFPN(FPN):
         # From high to low resolution. Plain lists, as in FPN: the modules are registered above.
         self.downsample_convs = downsample_convs
         self.fusion_convs = fusion_convs
+        self.channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, bottom_up: Backbone, top_block: Optional[nn.Module]) -> dict:
@@ -146,6 +152,7 @@ class PAFPN(FPN):
             "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
             "bottom_up_input": checked(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
             "bias_before_norm": cfg.MODEL.PAFPN.BIAS_BEFORE_NORM,
+            "channels_last": cfg.MODEL.PAFPN.CHANNELS_LAST,
         }
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -157,6 +164,8 @@ class PAFPN(FPN):
             dict[str, Tensor]: level name to feature map, from high to low resolution: "p2" holds
             N2, of shape (B, out_channels, H / 4, W / 4), and so on.
         """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         pyramid = super().forward(x)
         feature = pyramid[self.levels[0]]
         for level, downsample, fusion in zip(

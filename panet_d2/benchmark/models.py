@@ -1,0 +1,206 @@
+"""What the benchmark compares: Mask R-CNN, PANet, and PANet as one would write it at first."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import convert_boxes_to_pooler_format
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from ..modeling import AdaptiveROIPooler
+from .timing import PartTimes
+
+__all__ = [
+    "HEADS",
+    "NaivePooler",
+    "build_models",
+    "images",
+    "part_times",
+    "set_score_threshold",
+]
+
+# Overrides that make a Mask R-CNN of the same heads out of a PANet's config, by the kind of box
+# head; and those that give the PANet that head.
+_MASK_RCNN = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 4),
+)
+HEADS: Dict[str, Tuple[tuple, tuple]] = {
+    "2fc": (
+        (*_MASK_RCNN, "MODEL.ROI_BOX_HEAD.NUM_CONV", 0, "MODEL.ROI_BOX_HEAD.NUM_FC", 2),
+        (
+            *("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "fc"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", 0, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        ),
+    ),
+    "4conv1fc": (
+        (*_MASK_RCNN, "MODEL.ROI_BOX_HEAD.NUM_CONV", 4, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        (
+            *("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", 3, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        ),
+    ),
+}
+
+# Candidates of a trained model that reach its non-maximum suppression, boxes times classes.
+_CANDIDATES = 300
+
+
+class NaivePooler(nn.Module):
+    """
+    Adaptive feature pooling as a loop: for each level torchvision's RoIAlign, a layer, a ReLU;
+    then a stack of all, and the fusion of that. The weights are another pooler's.
+    """
+
+    def __init__(self, pooler: AdaptiveROIPooler):
+        """
+        Args:
+            pooler (AdaptiveROIPooler): with fusion "max" and layers "conv" or "fc".
+
+        Raises:
+            ValueError: for another fusion, or no layers.
+        """
+        super().__init__()
+        if pooler.fusion != "max" or pooler.adaptation == "none":
+            raise ValueError(f"fusion {pooler.fusion!r} after {pooler.adaptation!r} is not here.")
+        self.adaptation = pooler.adaptation
+        self.level_poolers = pooler.level_poolers
+        weights = pooler.adaptation_layers.weight.detach().chunk(len(pooler.scales))
+        biases = pooler.adaptation_layers.bias.detach().chunk(len(pooler.scales))
+        self.layers = nn.ModuleList()
+        for weight, bias in zip(weights, biases):
+            out_channels, in_channels = weight.shape[:2]
+            if self.adaptation == "fc":
+                layer: nn.Module = nn.Linear(in_channels, out_channels)
+            else:
+                layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            self.layers.append(layer)
+
+    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """As :meth:`AdaptiveROIPooler.forward`."""
+        boxes = convert_boxes_to_pooler_format(box_lists)
+        levels = []
+        for feature, pooler, layer in zip(x, self.level_poolers, self.layers):
+            grid = pooler(feature, boxes)
+            if self.adaptation == "fc":
+                grid = grid.flatten(start_dim=1)
+            levels.append(layer(grid).relu())
+        fused = torch.stack(levels).amax(dim=0)
+        return fused[:, :, None, None] if self.adaptation == "fc" else fused
+
+
+def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
+    """
+    Args:
+        cfg (CfgNode): the config of a PANet without norms in its heads.
+        head (str): a key of :data:`HEADS`.
+
+    Returns:
+        dict[str, nn.Module]: "Mask R-CNN", "naive PANet" and "PANet", with random weights; both
+        PANets have the same.
+    """
+    baseline, panet = HEADS[head]
+    models = {}
+    for name, opts in (("Mask R-CNN", baseline), ("naive PANet", panet), ("PANet", panet)):
+        changed = cfg.clone()
+        changed.defrost()
+        changed.merge_from_list([*opts, "MODEL.WEIGHTS", ""])
+        if name == "Mask R-CNN":
+            for head_node in (changed.MODEL.ROI_BOX_HEAD, changed.MODEL.ROI_MASK_HEAD):
+                head_node.AFP.ENABLED = False
+        seed_all_rng(0)
+        models[name] = build_model(changed)
+    heads = models["naive PANet"].roi_heads
+    for pooler in ("box_pooler", "mask_pooler"):
+        naive = NaivePooler(getattr(heads, pooler)).to(cfg.MODEL.DEVICE)
+        setattr(heads, pooler, naive)
+    return models
+
+
+def images(count: int, height: int, width: int, objects: int = 10, classes: int = 1) -> List[dict]:
+    """
+    Args:
+        count, height, width, objects (int): how many random images of which size, with how many
+            random rectangles each.
+        classes (int): of the rectangles.
+
+    Returns:
+        list[dict]: inputs for training or inference.
+    """
+    rng = np.random.default_rng(0)
+    inputs = []
+    for _ in range(count):
+        corner = rng.uniform(0, 0.6, (objects, 2)) * (width, height)
+        size = rng.uniform(0.05, 0.4, (objects, 2)) * (width, height)
+        boxes = np.concatenate([corner, corner + size], axis=1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        instances.gt_classes = torch.from_numpy(rng.integers(0, classes, objects))
+        instances.gt_masks = PolygonMasks(
+            [[np.array([x0, y0, x1, y0, x1, y1, x0, y1])] for x0, y0, x1, y1 in boxes]
+        )
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width))).float()
+        inputs.append({"image": image, "height": height, "width": width, "instances": instances})
+    return inputs
+
+
+@torch.no_grad()
+def set_score_threshold(model: nn.Module, inputs: List[dict]) -> None:
+    """
+    Set a model's score threshold so that as many boxes pass it as with a trained model. With
+    random weights no score is near the usual threshold, and there would be no masks to predict.
+    """
+    seen = []
+    hook = model.roi_heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[2]))
+    model.eval()(inputs[:1])
+    hook.remove()
+    probabilities = seen[0][0].float().softmax(dim=1)[:, :-1].flatten()
+    count = min(_CANDIDATES + 1, len(probabilities))
+    threshold = probabilities.topk(count).values[-1].item()
+    model.roi_heads.box_predictor.test_score_thresh = threshold
+
+
+@contextmanager
+def part_times(model: nn.Module, device: str) -> Iterator[PartTimes]:
+    """
+    Args:
+        model (nn.Module): one of :func:`build_models`.
+        device (str): where it runs.
+
+    Yields:
+        PartTimes: counts the calls of the model within the context, by part.
+    """
+    times = PartTimes(device)
+    heads = model.roi_heads
+    undo = [
+        times.wrap(model, "forward", "other"),
+        times.wrap(type(model), "_postprocess", "post-processing"),  # which calls it by the class
+        times.wrap(model.backbone, "forward", "neck"),
+        times.wrap(model.backbone.bottom_up, "forward", "backbone"),
+        times.wrap(model.proposal_generator, "forward", "RPN"),
+        times.wrap(heads.box_predictor, "inference", "post-processing"),
+        times.wrap(heads.box_head, "forward", "heads"),
+        times.wrap(heads.box_predictor, "forward", "heads"),
+        times.wrap(heads.mask_head, "forward", "heads"),
+    ]
+    for pooler in (heads.box_pooler, heads.mask_pooler):
+        undo.append(times.wrap(pooler, "forward", "pooling"))
+        if isinstance(pooler, AdaptiveROIPooler):
+            undo += [times.wrap(pooler, name, "adaptation") for name in ("adapt", "fuse")]
+        elif isinstance(pooler, NaivePooler):
+            undo += [times.wrap(layer, "forward", "adaptation") for layer in pooler.layers]
+    try:
+        yield times
+    finally:
+        for restore in reversed(undo):
+            restore()

@@ -1,0 +1,34 @@
+"""Loaders beside those that Detectron2 builds from a config."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from torch.utils.data import DataLoader
+
+from ..config import ConfigError
+from .dataset_mapper import NamedImageMapper
+
+__all__ = ["build_training_sample_loader"]
+
+
+def build_training_sample_loader(cfg: CfgNode, count: int) -> DataLoader:
+    """
+    Load some of the training images the way they are loaded for inference.
+
+    Args:
+        cfg (CfgNode): its ``DATASETS.TRAIN``, without images that have no annotations.
+        count (int): how many images, spread evenly over the data; all if there are fewer.
+
+    Returns:
+        DataLoader: of batches of one image, as the model takes them.
+
+    Raises:
+        ConfigError: if ``DATASETS.TRAIN`` is empty.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is []; it must name the data to take images from.")
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    count = min(count, len(dicts))
+    sample = [dicts[i * len(dicts) // count] for i in range(count)]
+    return build_detection_test_loader(sample, mapper=NamedImageMapper(cfg, False))

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+
+from panet_d2.checkpoint.calibration import calibrate
+from panet_d2.checkpoint.convert import convert
+from panet_d2.checkpoint.mask_rcnn import warm_start
+from panet_d2.engine import load_for_inference
+
+from ..common import batch, tiny_cfg
+from .test_mask_rcnn import DONOR, state
+
+# Features that come out of a norm, as those of a trained model have their scale.
+NORM = ("MODEL.FPN.NORM", "GN")
+
+
+def started(*opts):
+    """A donor's weights and a PANet made of it."""
+    donor = state(*DONOR, *NORM, *opts)
+    model = build_model(tiny_cfg(*NORM, *opts))
+    model.load_state_dict(warm_start(donor, model.state_dict()).state)
+    return donor, model.eval()
+
+
+def inputs(count):
+    return [[image] for image in batch(count)]
+
+
+@torch.no_grad()
+def error(model, donor, branch):
+    """How far what a head gets is from what the donor's first layer gave, as a share of that."""
+    pooler = getattr(model.roi_heads, f"{branch}_pooler")
+    left, whole = 0.0, 0.0
+    for images in inputs(8):
+        x = model.preprocess_image(images)
+        features = model.backbone(x.tensor)
+        boxes = [p.proposal_boxes[:32] for p in model.proposal_generator(x, features)[0]]
+        maps = [features[f] for f in model.roi_heads.in_features]
+        stock = ROIPooler(pooler.output_size, pooler.scales, 2, "ROIAlignV2")(maps, boxes)
+        name = {"box": "box_head.fc1", "mask": "mask_head.mask_fcn1"}[branch]
+        weight, bias = (donor[f"roi_heads.{name}.{kind}"] for kind in ("weight", "bias"))
+        if branch == "box":
+            expected = torch.nn.functional.linear(stock.flatten(1), weight, bias)[:, :, None, None]
+        else:
+            expected = torch.conv2d(stock, weight, bias, padding=1)
+        expected = expected.relu()
+        left += (pooler(maps, boxes) - expected).square().sum().item()
+        whole += expected.square().sum().item()
+    return left / whole
+
+
+def test_fused_levels_come_near_to_the_donors_layer():
+    donor, model = started("MODEL.PAFPN.ACTIVATION", "")
+    before = {branch: error(model, donor, branch) for branch in ("box", "mask")}
+    left = calibrate(model, inputs(8))
+    assert left.keys() == {"box_pooler", "mask_pooler"}
+    for branch in ("box", "mask"):
+        after = error(model, donor, branch)
+        assert after < 0.2 * before[branch], (branch, before[branch], after)
+
+
+@pytest.mark.parametrize("fusion", ["max", "sum", "mean"])
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+def test_only_scales_and_shifts(fusion, norm):
+    opts = []
+    for head in ("BOX", "MASK"):
+        opts += [f"MODEL.ROI_{head}_HEAD.AFP.FUSION", fusion]
+    opts += ["MODEL.ROI_MASK_HEAD.NORM", norm, "MODEL.ROI_MASK_HEAD.CONV_DIM", 64]
+    _, model = started(*opts)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calibrate(model, inputs(2))
+    after = model.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    box = {f"roi_heads.box_pooler.adaptation_layers.{kind}" for kind in ("weight", "bias")}
+    mask = {k.replace("box", "mask") for k in box}
+    if norm:
+        mask = {k.replace("layers.", "layers.norm.") for k in mask}
+    assert changed == box | mask
+    # Each output channel of each level by one factor.
+    weight = "roi_heads.box_pooler.adaptation_layers.weight"
+    factors = after[weight] / before[weight]
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors), rtol=1e-3, atol=1e-3)
+
+
+def test_from_file_to_file(tmp_path):
+    cfg = tiny_cfg()
+    torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
+    paths = [str(tmp_path / name) for name in ("donor.pth", "plain.pth", "calibrated.pth")]
+    torch.manual_seed(0)  # of what is initialised
+    plain = convert("mask-rcnn", paths[0], paths[1], cfg)
+    torch.manual_seed(0)
+    result = convert("mask-rcnn", paths[0], paths[2], cfg, calibration=inputs(2))
+    load_for_inference(build_model(cfg), paths[2])
+    notes = {row.target for row in result.rows if row.note.endswith(", calibrated")}
+    assert notes == {k for k in plain.state if not torch.equal(plain.state[k], result.state[k])}
+    assert "roi_heads.box_pooler.adaptation_layers.weight" in notes
