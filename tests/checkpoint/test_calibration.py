@@ -87,10 +87,11 @@ def test_from_file_to_file(tmp_path):
     cfg = tiny_cfg()
     torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
     paths = [str(tmp_path / name) for name in ("donor.pth", "plain.pth", "calibrated.pth")]
+    images = inputs(2)
     torch.manual_seed(0)  # of what is initialised
     plain = convert("mask-rcnn", paths[0], paths[1], cfg)
     torch.manual_seed(0)
-    result = convert("mask-rcnn", paths[0], paths[2], cfg, calibration=inputs(2))
+    result = convert("mask-rcnn", paths[0], paths[2], cfg, calibration=images)
     load_for_inference(build_model(cfg), paths[2])
     notes = {row.target for row in result.rows if row.note.endswith(", calibrated")}
     assert notes == {k for k in plain.state if not torch.equal(plain.state[k], result.state[k])}
