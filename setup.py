@@ -25,5 +25,8 @@ setup(
         "opencv-python>=4.5",
         "numpy>=1.21",
     ],
-    extras_require={"dev": ["pytest>=7", "pytest-xdist", "ruff"]},
+    extras_require={
+        "ablation": ["scipy"],
+        "dev": ["pytest>=7", "pytest-xdist", "ruff", "scipy"],
+    },
 )

@@ -17,15 +17,14 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
-from fvcore.nn.jit_handles import bmm_flop_jit
 from torch import nn
 
 from panet_d2 import ConfigError
 from panet_d2.benchmark.models import (
     HEADS,
     build_models,
+    count_flops,
     images,
     part_times,
     set_score_threshold,
@@ -114,13 +113,10 @@ def benchmark_ladder(config_files: Sequence[str], size: Tuple[int, int]) -> List
         model = build_model(cfg).eval()
         inputs = images(1, *size)
         set_score_threshold(model, inputs)
-        flops = FlopCountAnalysis(model, [{"image": inputs[0]["image"]}])
-        flops.set_op_handle("aten::baddbmm", lambda i, o: bmm_flop_jit(i[1:3], o))
-        flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         rows.append(
             {
                 "rung": os.path.splitext(os.path.basename(config_file))[0],
-                "gflops": flops.total() / 1e9,
+                "gflops": count_flops(model, inputs) / 1e9,
                 "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
             }
         )

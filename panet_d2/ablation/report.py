@@ -1,0 +1,168 @@
+"""The ablation's results for people: a table, and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from statistics import mean
+from typing import Dict, List
+
+from tabulate import tabulate
+
+from .rungs import GROUPS, RUNGS
+from .statistics import paired_difference, standard_error
+
+__all__ = ["load_results", "plot_curves", "plot_differences", "table"]
+
+Results = Dict[str, Dict[int, dict]]  # by rung and seed
+
+_GROUP_TITLES = {
+    "ladder": "The ladder",
+    "alone": "Each part alone, compared with Mask R-CNN",
+    "without": "The whole without a part, compared with the whole",
+    "fusion": "How and where levels are fused, compared with the whole",
+}
+
+
+def load_results(folder: str) -> Results:
+    """
+    Args:
+        folder (str): where the runs' JSON files are.
+
+    Returns:
+        dict[str, dict[int, dict]]: the runs, by rung and seed.
+    """
+    results: Results = defaultdict(dict)
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".json"):
+            with open(os.path.join(folder, name)) as f:
+                run = json.load(f)
+            if run.get("rung") in RUNGS:
+                results[run["rung"]][run["seed"]] = run
+    return dict(results)
+
+
+def _by_seed(results: Results, rung: str, metric: str) -> Dict[int, float]:
+    return {seed: run["results"][metric] for seed, run in results[rung].items()}
+
+
+def _mean_and_error(values: List[float]) -> str:
+    error = standard_error(values)
+    return f"{mean(values):.1f}" if error != error else f"{mean(values):.1f} ± {error:.1f}"
+
+
+def table(results: Results, models: Dict[str, dict]) -> str:
+    """
+    Args:
+        results (dict): see :func:`load_results`.
+        models (dict[str, dict]): "million_parameters" and "gflops" by rung.
+
+    Returns:
+        str: Markdown tables, one for each group of rungs that has results.
+    """
+    lines: List[str] = []
+    for group, rungs in GROUPS.items():
+        rows = []
+        for name, rung in rungs.items():
+            runs = results.get(name)
+            if not runs:
+                continue
+            row = [rung.title, len(runs)]
+            masks = list(_by_seed(results, name, "segm/AP").values())
+            row.append(_mean_and_error(masks))
+            row.append(_difference(results, name, rung.below))
+            for metric in ("segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl"):
+                # COCO says nan where there are no objects of a size.
+                values = [v for v in _by_seed(results, name, metric).values() if v == v]
+                row.append(f"{mean(values):.1f}" if values else "-")
+            row.append(_mean_and_error(list(_by_seed(results, name, "bbox/AP").values())))
+            for key in ("seconds_per_step", "seconds_per_image"):
+                row.append(f"{1e3 * mean(run[key] for run in runs.values()):.0f}")
+            model = models.get(name, {})
+            row.append(f"{model['million_parameters']:.1f}" if model else "-")
+            row.append(f"{model['gflops']:.1f}" if model else "-")
+            rows.append(row)
+        if not rows:
+            continue
+        headers = ["model", "seeds", "mask AP", "difference [95 %]", "AP50", "AP75"]
+        headers += ["APs", "APm", "APl", "box AP", "ms/step", "ms/image", "M params", "GFLOPs"]
+        lines += [f"### {_GROUP_TITLES[group]}", ""]
+        lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+    return "\n".join(lines)
+
+
+def _difference(results: Results, name: str, below: str) -> str:
+    if not below or below not in results:
+        return ""
+    ours, theirs = (_by_seed(results, rung, "segm/AP") for rung in (name, below))
+    if not ours.keys() & theirs.keys():
+        return ""
+    d = paired_difference(ours, theirs)
+    return f"{d.mean:+.1f}" + (f" [{d.low:+.1f}, {d.high:+.1f}]" if d.pairs > 1 else "")
+
+
+def plot_curves(results: Results, path: str) -> None:
+    """
+    Draw mask AP over training, the mean over seeds, for the rungs of the ladder.
+
+    Args:
+        results (dict): see :func:`load_results`.
+        path (str): the PNG to write.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for name, rung in GROUPS["ladder"].items():
+        if name not in results:
+            continue
+        points: Dict[int, List[float]] = defaultdict(list)
+        for run in results[name].values():
+            for step, ap in run["curve"].items():
+                points[int(step)].append(ap)
+        steps = sorted(points)
+        axis.plot(steps, [mean(points[step]) for step in steps], "-o", ms=3, label=rung.title)
+    axis.set_xlabel("steps")
+    axis.set_ylabel("mask AP, validation")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_differences(results: Results, path: str) -> None:
+    """
+    Draw each rung's difference from the one that it is compared with, and its interval.
+
+    Args:
+        results (dict): see :func:`load_results`.
+        path (str): the PNG to write.
+    """
+    plt = _pyplot()
+    rows = []
+    for name, rung in RUNGS.items():
+        if name in results and rung.below in results:
+            ours, theirs = (_by_seed(results, r, "segm/AP") for r in (name, rung.below))
+            if ours.keys() & theirs.keys():
+                rows.append((name, paired_difference(ours, theirs)))
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)))
+    for i, (_, d) in enumerate(rows):
+        if d.pairs > 1:
+            axis.plot([d.low, d.high], [i, i], color="C0")
+        axis.plot([d.mean], [i], "o", color="C0")
+    axis.axvline(0, color="0.6", lw=1)
+    axis.set_yticks(range(len(rows)), [f"{n} against {RUNGS[n].below}" for n, _ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in mask AP, and its 95 % interval")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

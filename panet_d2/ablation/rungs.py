@@ -1,0 +1,129 @@
+"""The rungs of the paper's ablation, as overrides of a Mask R-CNN's config."""
+
+from __future__ import annotations
+
+from typing import Dict, FrozenSet, List, Tuple
+
+__all__ = ["GROUPS", "LADDER", "PARTS", "RUNGS", "Rung", "overrides"]
+
+# In the order of the paper's Table 3.
+PARTS: Dict[str, str] = {
+    "mst": "multi-scale training",
+    "norm": "a norm, trained along, in the neck and the heads",
+    "bpa": "bottom-up path augmentation",
+    "afp": "adaptive feature pooling",
+    "ff": "fully-connected fusion",
+    "hhd": "heavier box head",
+}
+_ALL = frozenset(PARTS)
+_AFP_KEYS = tuple(f"MODEL.ROI_{head}_HEAD.AFP" for head in ("BOX", "MASK"))
+
+
+class Rung:
+    """One model of the ablation."""
+
+    def __init__(
+        self,
+        title: str,
+        parts: FrozenSet[str],
+        fusion: str = "max",
+        before: bool = False,
+        below: str = "",
+    ):
+        """
+        Args:
+            title (str): for tables.
+            parts (set[str]): which of :data:`PARTS` it has.
+            fusion (str): of the levels, where it has "afp".
+            before (bool): fuse before the heads' first layer instead of behind it.
+            below (str): name of the rung that it is compared with.
+        """
+        self.title = title
+        self.parts = parts
+        self.fusion = fusion
+        self.before = before
+        self.below = below
+
+
+def _ladder() -> Dict[str, Rung]:
+    rungs = {"baseline": Rung("Mask R-CNN", frozenset())}
+    parts: List[str] = []
+    for part in PARTS:
+        below = list(rungs)[-1]
+        parts.append(part)
+        rungs[f"+{part}"] = Rung(f"+ {PARTS[part]}", frozenset(parts), below=below)
+    return rungs
+
+
+LADDER: Dict[str, Rung] = _ladder()
+_FULL = list(LADDER)[-1]
+
+GROUPS: Dict[str, Dict[str, Rung]] = {
+    "ladder": LADDER,
+    "alone": {
+        f"only_{part}": Rung(f"only {title}", frozenset([part]), below="baseline")
+        for part, title in PARTS.items()
+    },
+    "without": {
+        f"no_{part}": Rung(f"all but {title}", _ALL - {part}, below=_FULL)
+        for part, title in PARTS.items()
+    },
+    "fusion": {
+        f"{'before' if before else 'after'}_{fusion}": Rung(
+            f"{fusion} {'before' if before else 'behind'} the first layer",
+            _ALL,
+            fusion,
+            before,
+            below=_FULL,
+        )
+        for before in (False, True)
+        for fusion in ("max", "sum", "mean", "product")
+        if before or fusion != "max"  # that is the whole model
+    },
+}
+
+RUNGS: Dict[str, Rung] = {name: rung for group in GROUPS.values() for name, rung in group.items()}
+
+
+def overrides(rung: Rung, norm: str = "GN", scales: Tuple[int, int] = (192, 320)) -> List:
+    """
+    Args:
+        rung (Rung): the model.
+        norm (str): that "norm" puts into neck and heads: "SyncBN" on several GPUs, as in the
+            paper, "GN" on one device.
+        scales (tuple[int, int]): shorter side of the training images that "mst" draws from.
+
+    Returns:
+        list: KEY VALUE KEY VALUE …, for a config of a Mask R-CNN with a 2fc box head.
+    """
+    has = rung.parts.__contains__
+    opts: Dict[str, object] = {}
+    if has("mst"):
+        opts["INPUT.MIN_SIZE_TRAIN"] = list(scales)
+        opts["INPUT.MIN_SIZE_TRAIN_SAMPLING"] = "range"
+    opts["MODEL.FPN.NORM"] = norm if has("norm") else ""
+    opts["MODEL.ROI_BOX_HEAD.NORM"] = norm if has("norm") else ""
+    opts["MODEL.ROI_MASK_HEAD.NORM"] = norm if has("norm") else ""
+    if has("norm"):
+        opts["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCNormHead"
+    if has("bpa"):
+        opts["MODEL.BACKBONE.NAME"] = "build_resnet_pafpn_backbone"
+    # The first layer of each head is the adaptation layer, where fusion stands behind it.
+    moved = 1 if has("afp") and not rung.before else 0
+    convs, fcs = (4, 1) if has("hhd") else (0, 2)
+    opts["MODEL.ROI_BOX_HEAD.NUM_CONV"] = convs - moved if convs else 0
+    opts["MODEL.ROI_BOX_HEAD.NUM_FC"] = fcs if convs else fcs - moved
+    opts["MODEL.ROI_MASK_HEAD.NUM_CONV"] = 4 - moved
+    if has("hhd"):
+        opts["MODEL.ROI_BOX_HEAD.CONV_DIM"] = 64
+    if has("afp"):
+        opts["MODEL.ROI_HEADS.NAME"] = "PANetROIHeads"
+        for key in _AFP_KEYS:
+            opts[f"{key}.ENABLED"] = True
+            opts[f"{key}.FUSION"] = rung.fusion
+            opts[f"{key}.ADAPTATION"] = "none" if rung.before else "conv"
+        if not convs and not rung.before:
+            opts["MODEL.ROI_BOX_HEAD.AFP.ADAPTATION"] = "fc"
+    if has("ff"):
+        opts["MODEL.ROI_MASK_HEAD.NAME"] = "PANetMaskHead"
+    return [part for pair in opts.items() for part in pair]

@@ -1,0 +1,150 @@
+"""Runs of the ablation: each an ordinary training run, and one JSON file when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from statistics import median
+from typing import Callable, Dict, List, Sequence
+
+from tqdm import tqdm
+
+__all__ = ["Run", "RunFailed", "execute", "result_of", "run_all"]
+
+
+class RunFailed(RuntimeError):
+    """A training run ended with an error; the message says where its log is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One model, trained once.
+
+    Args:
+        rung (str): name of the rung.
+        seed (int): seed of the weights, the order of the data and its augmentation.
+        config_file (str): config of the baseline.
+        opts (tuple): the rung's overrides.
+    """
+
+    rung: str
+    seed: int
+    config_file: str
+    opts: tuple
+
+    @property
+    def name(self) -> str:
+        return f"{self.rung}_seed{self.seed}"
+
+
+def result_file(results: str, run: Run) -> str:
+    """Path of a run's JSON file in the folder ``results``."""
+    return os.path.join(results, f"{run.name}.json")
+
+
+def execute(run: Run, work: str, results: str, train_net: str) -> None:
+    """
+    Train and evaluate, from where it was cut off if it was, and write the JSON file.
+
+    Args:
+        run (Run): what to do.
+        work (str): folder for the output folders of training runs.
+        results (str): folder for JSON files.
+        train_net (str): path of ``train_net.py``.
+
+    Raises:
+        RunFailed: if training ends with an error.
+    """
+    output = os.path.join(work, run.name)
+    os.makedirs(output, exist_ok=True)
+    opts = [*run.opts, "SEED", run.seed, "OUTPUT_DIR", output]
+    command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
+    command += ["--resume", *map(str, opts)]
+    log = os.path.join(output, "console.txt")
+    started = time.time()
+    with open(log, "a") as f:
+        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise RunFailed(f"{run.name} ended with {code}; see {log}.")
+    content = result_of(run, output)
+    content["wall_seconds"] = time.time() - started
+    path = result_file(results, run)
+    with open(path + ".part", "w") as f:  # whole, or not at all
+        json.dump(content, f, indent=1)
+        f.write("\n")
+    os.replace(path + ".part", path)
+
+
+def result_of(run: Run, output: str) -> Dict:
+    """
+    Args:
+        run (Run): a finished run.
+        output (str): its output folder.
+
+    Returns:
+        dict: what the report needs of it.
+    """
+    with open(os.path.join(output, "metrics.json")) as f:
+        lines = [json.loads(line) for line in f]
+    # A run that was cut off and resumed has some iterations twice; the later line is the run's.
+    by_iteration = {line["iteration"]: line for line in lines}
+    evaluated = {i + 1: line for i, line in sorted(by_iteration.items()) if "segm/AP" in line}
+    last = evaluated[max(evaluated)]
+    with open(os.path.join(output, "log.txt")) as f:
+        log = f.read()
+    compute = re.findall(r"inference pure compute time: \S+ \(([\d.]+) s / iter", log)
+    steps = [line for line in by_iteration.values() if "time" in line]
+    return {
+        "rung": run.rung,
+        "seed": run.seed,
+        "steps": max(evaluated),
+        "results": {k: v for k, v in last.items() if k.startswith(("bbox/AP", "segm/AP"))},
+        "curve": {step: line["segm/AP"] for step, line in evaluated.items()},
+        "losses": {
+            line["iteration"] + 1: line["total_loss"] for line in steps if "total_loss" in line
+        },
+        "seconds_per_step": median(line["time"] for line in steps),
+        "seconds_per_image": float(compute[-1]),
+    }
+
+
+def run_all(
+    runs: Sequence[Run],
+    work: str,
+    results: str,
+    train_net: str,
+    jobs: int = 1,
+    execute: Callable = execute,
+) -> List[str]:
+    """
+    Execute all runs that have no JSON file yet, with a progress bar.
+
+    Args:
+        runs, work, results, train_net: see :func:`execute`.
+        jobs (int): how many at a time.
+        execute (callable): does one run.
+
+    Returns:
+        list[str]: what went wrong, a line for each run that failed.
+    """
+    os.makedirs(results, exist_ok=True)
+    todo = [run for run in runs if not os.path.isfile(result_file(results, run))]
+    failures: List[str] = []
+    # Started with those that are done, so that the time left is that of what is left.
+    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(execute, run, work, results, train_net) for run in todo]
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except RunFailed as e:
+                failures.append(str(e))
+            bar.update()
+    return failures

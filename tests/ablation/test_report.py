@@ -1,0 +1,53 @@
+import json
+from math import nan
+
+import pytest
+
+from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
+
+
+def write_run(folder, rung, seed, ap):
+    metrics = {f"segm/AP{kind}": ap + i for i, kind in enumerate(("", "50", "75", "s", "m"))}
+    content = {
+        "rung": rung,
+        "seed": seed,
+        "results": {**metrics, "segm/APl": nan, "bbox/AP": ap + 10},
+        "curve": {10: ap / 2, 20: ap},
+        "seconds_per_step": 0.5,
+        "seconds_per_image": 0.25,
+    }
+    (folder / f"{rung}_seed{seed}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def results(tmp_path):
+    for seed, (low, high) in enumerate([(30.0, 31.0), (32.0, 34.0), (34.0, 37.0)]):
+        write_run(tmp_path, "baseline", seed, low)
+        write_run(tmp_path, "+mst", seed, high)
+    write_run(tmp_path, "only_ff", 0, 29.0)
+    (tmp_path / "models.json").write_text("{}")
+    return load_results(str(tmp_path))
+
+
+def test_table(results):
+    models = {"baseline": {"million_parameters": 12.34, "gflops": 5.67}}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table(results, models).splitlines()
+    ]
+    # 30, 32, 34: mean 32, deviation 2, error 2 / sqrt(3) = 1.15.
+    assert rows[4] == [
+        *("Mask R-CNN", "3", "32.0 ± 1.2", "", "33.0", "34.0", "35.0", "36.0", "-"),
+        *("42.0 ± 1.2", "500", "250", "12.3", "5.7"),
+    ]
+    # Differences 1, 2, 3: mean 2, and 4.303 / sqrt(3) = 2.48 to either side.
+    assert rows[5][:4] == ["+ multi-scale training", "3", "34.0 ± 1.7", "+2.0 [-0.5, +4.5]"]
+    assert rows[5][-2:] == ["-", "-"]
+    alone = next(row for row in rows if row[0] == "only fully-connected fusion")
+    assert alone[1:4] == ["1", "29.0", "-1.0"]  # from the one seed that both have
+
+
+def test_plots(results, tmp_path):
+    plot_curves(results, str(tmp_path / "curves.png"))
+    plot_differences(results, str(tmp_path / "differences.png"))
+    assert all((tmp_path / f"{n}.png").stat().st_size > 5000 for n in ("curves", "differences"))

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from panet_d2.ablation import runner
+from panet_d2.ablation.runner import Run, RunFailed, result_of, run_all
+
+RUN = Run("+mst", 2, "config.yaml", ("A", 1))
+LOG = "Total inference pure compute time: 0:00:13 ({} s / iter per device, on 1 devices)\n"
+
+
+def write_output(folder):
+    """A run of four steps that was killed after the third and resumed from the second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"iteration": 1, "time": 1.0, "total_loss": 3.0, "segm/AP": 10.0, "bbox/AP": 11.0},
+        {"iteration": 2, "time": 9.0, "total_loss": 9.0},
+        {"iteration": 2, "time": 2.0, "total_loss": 2.0},
+        {"iteration": 3, "time": 4.0, "total_loss": 1.0, "segm/AP": 20.0, "segm/AP50": 30.0},
+    ]
+    (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines))
+    (folder / "log.txt").write_text(LOG.format("0.5") + LOG.format("0.25"))
+
+
+def test_result_of_a_resumed_run(tmp_path):
+    write_output(tmp_path)
+    assert result_of(RUN, str(tmp_path)) == {
+        "rung": "+mst",
+        "seed": 2,
+        "steps": 4,
+        "results": {"segm/AP": 20.0, "segm/AP50": 30.0},
+        "curve": {2: 10.0, 4: 20.0},
+        "losses": {2: 3.0, 3: 2.0, 4: 1.0},
+        "seconds_per_step": 2.0,
+        "seconds_per_image": 0.25,
+    }
+
+
+def test_a_run_is_a_training_run(tmp_path, monkeypatch):
+    commands = []
+
+    def train(command, **kwargs):
+        commands.append(command)
+        write_output(tmp_path / "work/+mst_seed2")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(runner.subprocess, "run", train)
+    (tmp_path / "results").mkdir()
+    runner.execute(RUN, str(tmp_path / "work"), str(tmp_path / "results"), "train_net.py")
+    (command,) = commands
+    rest = command[command.index("train_net.py") :]
+    assert rest[:6] == ["train_net.py", "--config-file", "config.yaml", "--resume", "A", "1"]
+    assert rest[6:] == ["SEED", "2", "OUTPUT_DIR", str(tmp_path / "work/+mst_seed2")]
+    written = json.loads((tmp_path / "results/+mst_seed2.json").read_text())
+    assert written["results"]["segm/AP"] == 20.0 and written["wall_seconds"] >= 0
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(4)]
+    done = []
+
+    def execute(run, work, results, train_net):
+        done.append(run.seed)
+        if run.seed == 2:
+            raise RunFailed("seed 2 broke")
+        (tmp_path / f"{run.name}.json").write_text("{}")
+
+    assert run_all(runs[:2], "work", str(tmp_path), "train_net.py", execute=execute) == []
+    failures = run_all(runs, "work", str(tmp_path), "train_net.py", jobs=2, execute=execute)
+    assert failures == ["seed 2 broke"] and sorted(done) == [0, 1, 2, 3]
+    run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
+    assert sorted(done) == [0, 1, 2, 2, 3]
+
+
+def test_a_failure_says_where_its_log_is(tmp_path):
+    run = Run("baseline", 1, str(tmp_path / "missing.yaml"), ())
+    train_net = tmp_path / "train_net.py"
+    train_net.write_text("import sys; sys.exit('broken')")
+    with pytest.raises(RunFailed, match="baseline_seed1 ended with 1.*console.txt"):
+        runner.execute(run, str(tmp_path), str(tmp_path), str(train_net))
+    assert "broken" in (tmp_path / "baseline_seed1/console.txt").read_text()
+    assert not (tmp_path / "baseline_seed1.json").exists()

@@ -1,0 +1,73 @@
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from panet_d2.ablation.report import load_results, table
+
+from ..ablation.test_report import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("ablation_tool", ROOT / "tools/ablation.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+
+def test_report_fills_its_place_in_the_document(tmp_path):
+    results, document = tmp_path / "results", tmp_path / "document.md"
+    results.mkdir()
+    write_run(results, "baseline", 1, 30.0)
+    (results / "models.json").write_text("{}")
+    document.write_text("before\n<!-- table dsb2018 -->\nold\n<!-- end -->\nafter\n")
+    command = ["--report", "--results", str(results), "--document", str(document)]
+    assert tool.main(command) == 0
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert "| Mask R-CNN |" in text and "old" not in text
+    assert (results / "curves.png").is_file()
+    document.write_text("no place")
+    assert tool.main(command) == 2
+
+
+def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
+    seen = {}
+
+    def run_all(runs, work, results, train_net, jobs):
+        seen["runs"], seen["jobs"] = runs, jobs
+        return ["one failed"]
+
+    monkeypatch.setattr(tool, "run_all", run_all)
+    monkeypatch.setattr(tool, "describe_models", lambda *args: {})
+    command = ["--data", "shapes", "--rungs", "baseline", "+ff", "--seeds", "3", "5"]
+    command += ["--results", str(tmp_path / "r"), "--steps", "80", "--jobs", "2"]
+    assert tool.main([*command, "--opts", "TEST.DETECTIONS_PER_IMAGE", "50"]) == 1
+    names = ["baseline_seed3", "+ff_seed3", "baseline_seed5", "+ff_seed5"]
+    assert [run.name for run in seen["runs"]] == names and seen["jobs"] == 2
+    for run in seen["runs"]:  # nothing but the rung's own overrides differs
+        assert run.opts[-10:] == (
+            *("SOLVER.MAX_ITER", "80", "SOLVER.STEPS", "[60, 74]"),
+            *("TEST.DETECTIONS_PER_IMAGE", "50", "TEST.EVAL_PERIOD", "10"),
+            *("SOLVER.CHECKPOINT_PERIOD", "20"),
+        )
+
+
+def test_models_are_described():
+    models = tool.describe_models(tool.BASELINES["shapes"], ["baseline", "+ff"])
+    assert models["+ff"]["gflops"] > models["baseline"]["gflops"] > 1
+    assert models["+ff"]["million_parameters"] > models["baseline"]["million_parameters"] > 10
+
+
+@pytest.mark.parametrize("data", list(tool.BASELINES))
+def test_document_holds_the_table_of_the_runs(data, tmp_path):
+    results, document = ROOT / "docs/ablation" / data, ROOT / "docs/ablation.md"
+    if not results.is_dir():
+        pytest.skip(f"no results of {data} yet")
+    models = json.loads((results / "models.json").read_text())
+    assert table(load_results(str(results)), models) in document.read_text()
+    copy = shutil.copy(document, tmp_path)
+    shutil.copytree(results, tmp_path / data)
+    command = ["--report", "--data", data, "--results", str(tmp_path / data)]
+    assert tool.main([*command, "--document", str(copy)]) == 0
+    assert Path(copy).read_text() == document.read_text()

@@ -1,0 +1,136 @@
+#!/usr/bin/env python
+"""
+The paper's ablation: train the rungs from Mask R-CNN to PANet, and the side questions, with
+several seeds; then the table, with its uncertainty. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from typing import Dict, List, Optional
+
+from detectron2.modeling import build_model
+
+from panet_d2 import ConfigError
+from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
+from panet_d2.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
+from panet_d2.ablation.runner import Run, run_all
+from panet_d2.benchmark.models import count_flops, images, set_score_threshold
+from panet_d2.data import DataError
+from panet_d2.engine import setup_config
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+TRAIN_NET = os.path.join(ROOT, "train_net.py")
+BASELINES = {
+    "dsb2018": os.path.join(ROOT, "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml"),
+    "shapes": os.path.join(ROOT, "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"),
+}
+EVALUATIONS = 8  # points of a run's curve
+QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 60}
+
+
+def describe_models(config_file: str, rungs: List[str]) -> Dict[str, dict]:
+    """Parameters of each rung, and GFLOPs for an image of 256 x 256."""
+    models = {}
+    for name in rungs:
+        opts = [str(o) for o in overrides(RUNGS[name])]
+        cfg = setup_config(config_file, [*opts, "MODEL.DEVICE", "cpu"], needed=())
+        model = build_model(cfg).eval()
+        inputs = images(1, 256, 256)
+        set_score_threshold(model, inputs)
+        models[name] = {
+            "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "gflops": count_flops(model, inputs) / 1e9,
+        }
+    return models
+
+
+def report(results: str, document: str, data: str) -> None:
+    """Draw the plots, and put the table into the document between its marks."""
+    runs = load_results(results)
+    with open(os.path.join(results, "models.json")) as f:
+        models = json.load(f)
+    plot_curves(runs, os.path.join(results, "curves.png"))
+    plot_differences(runs, os.path.join(results, "differences.png"))
+    with open(document, encoding="utf-8") as f:
+        text = f.read()
+    marks = rf"(<!-- table {data} -->\n).*?(<!-- end -->)"
+    if not re.search(marks, text, flags=re.S):
+        raise DataError(f"{document} has no place between <!-- table {data} --> and <!-- end -->.")
+    text = re.sub(marks, lambda m: f"{m[1]}\n{table(runs, models)}\n{m[2]}", text, flags=re.S)
+    with open(document, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
+    """Make the JSON files that are missing."""
+    schedule: Dict[str, object] = {}
+    if args.steps:
+        drops = [args.steps * 3 // 4, args.steps * 37 // 40]
+        schedule = {"SOLVER.MAX_ITER": args.steps, "SOLVER.STEPS": drops}
+    opts = [str(o) for pair in schedule.items() for o in pair] + args.opts
+    cfg = setup_config(config_file, opts)
+    steps = cfg.SOLVER.MAX_ITER
+    period = 0 if args.quick else max(1, steps // EVALUATIONS)
+    opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
+    # Seed by seed, so that a part of the work is a whole ladder.
+    runs = [
+        Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm), *opts))
+        for seed in args.seeds
+        for rung in args.rungs
+    ]
+    models = os.path.join(results, "models.json")
+    os.makedirs(results, exist_ok=True)
+    if not os.path.isfile(models):
+        with open(models, "w") as f:
+            json.dump(describe_models(config_file, list(RUNGS)), f, indent=1)
+            f.write("\n")
+    work = os.path.join(args.work, os.path.basename(results))
+    return run_all(runs, work, results, TRAIN_NET, args.jobs)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=list(BASELINES), default="dsb2018")
+    parser.add_argument("--config-file", help="another baseline, a Mask R-CNN with a 2fc head")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["ladder"])
+    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="instead of groups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, help="length of each run; the config's by default")
+    parser.add_argument("--norm", default="GN", help="SyncBN on several GPUs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", help="JSON files and plots; docs/ablation/DATA by default")
+    parser.add_argument("--work", default="output/ablation", help="output folders of the runs")
+    parser.add_argument("--document", default=os.path.join(ROOT, "docs/ablation.md"))
+    parser.add_argument("--report", action="store_true", help="only write the table and the plots")
+    parser.add_argument("--quick", action="store_true", help="two rungs, once, in minutes")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="for every run")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.data, args.results = "shapes", args.results or "output/ablation/quick"
+        for key, value in QUICK.items():
+            setattr(args, key, value)
+    args.rungs = args.rungs or [name for group in args.groups for name in GROUPS[group]]
+    results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
+    try:
+        if not args.report:
+            failures = train(args, args.config_file or BASELINES[args.data], results)
+            if failures:
+                print("\n".join(f"error: {line}" for line in failures), file=sys.stderr)
+                return 1
+        if not args.quick:
+            report(results, args.document, args.data)
+        with open(os.path.join(results, "models.json")) as f:
+            print(table(load_results(results), json.load(f)))
+    except (ConfigError, DataError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
