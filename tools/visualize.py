@@ -12,15 +12,41 @@ import sys
 from typing import List, Optional
 
 import cv2
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
+from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 from panet_d2 import ConfigError
-from panet_d2.data import DataError
-from panet_d2.engine import setup_config
-from panet_d2.evaluation import average_precision, draw_comparison, match_predictions
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.data import DataError, NamedImageMapper
+from panet_d2.engine import load_for_inference, setup_config
+from panet_d2.evaluation import (
+    annotation_mask,
+    average_precision,
+    draw_comparison,
+    draw_mask_paths,
+    level_shares,
+    mask_paths,
+    match_predictions,
+    plot_level_shares,
+    plot_precision_recall,
+    plot_training,
+    precision_recall,
+)
+
+
+def ground_truth(name: str) -> COCO:
+    """The annotations of a registered data set."""
+    DatasetCatalog.get(name)  # a data set that is generated is made here
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(MetadataCatalog.get(name).json_file)
 
 
 def predictions(args: argparse.Namespace) -> int:
@@ -32,10 +58,7 @@ def predictions(args: argparse.Namespace) -> int:
     )
     if not os.path.isfile(results_file):
         raise DataError(f"there are no results {results_file}; train_net.py --eval-only makes them")
-    DatasetCatalog.get(name)  # a data set that is generated is made here
-    metadata = MetadataCatalog.get(name)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(metadata.json_file)
+    coco, metadata = ground_truth(name), MetadataCatalog.get(name)
     with open(results_file) as f:
         results = json.load(f)
 
@@ -63,6 +86,109 @@ def predictions(args: argparse.Namespace) -> int:
     return 0
 
 
+def load_model(cfg: CfgNode) -> nn.Module:
+    """The model of a run: its last weights, unless MODEL.WEIGHTS is given."""
+    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    model = build_model(cfg).eval()
+    load_for_inference(model, final if os.path.isfile(final) else cfg.MODEL.WEIGHTS)
+    return model
+
+
+def test_images(cfg: CfgNode, count: int) -> List[dict]:
+    """Some of the images of the first test set, evenly spread, in Detectron2's format."""
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST[:1])
+    count = min(count, len(dicts))
+    return [dicts[i * len(dicts) // count] for i in range(count)]
+
+
+def levels(args: argparse.Namespace) -> int:
+    """Plot which pyramid level gives the features that max fusion keeps, over a data set."""
+    cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+    model, mapper = load_model(cfg), NamedImageMapper(cfg, False)
+    dicts = test_images(cfg, args.number)
+    inputs = ([mapper(record)] for record in tqdm(dicts, desc="images", unit="image"))
+    shares = level_shares(model, inputs)
+    if not shares:
+        raise ConfigError("AFP.ENABLED and AFP.FUSION: no pooler of the model fuses by 'max'.")
+    names = [f.upper().replace("P", "N") for f in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    os.makedirs(args.output, exist_ok=True)
+    path = os.path.join(args.output, "levels.png")
+    plot_level_shares(shares, names, path)
+    for pooler, table in shares.items():
+        headers = [pooler, *names, "proposals"]
+        rows = [
+            [n, *(f"{100 * s:.1f} %" for s in r[:-1]), int(r[-1])] for n, r in zip(names, table)
+        ]
+        print(tabulate(rows, headers), end="\n\n")
+    print(f"written: {path}")
+    return 0
+
+
+def masks(args: argparse.Namespace) -> int:
+    """Draw the masks of both paths of the mask head, for objects of all sizes and their boxes."""
+    cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+    model, mapper = load_model(cfg), NamedImageMapper(cfg, False)
+    objects = [
+        (record, annotation)
+        for record in test_images(cfg, args.images)
+        for annotation in record["annotations"]
+        if not annotation.get("iscrowd", 0)
+    ]
+    objects.sort(key=lambda o: o[1]["bbox"][2] * o[1]["bbox"][3])
+    count = min(args.number, len(objects))
+    drawn = []
+    for i in range(count):
+        record, annotation = objects[(2 * i + 1) * len(objects) // (2 * count)]
+        image = read_image(record["file_name"], "RGB")
+        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        inputs = mapper(record)
+        scale = inputs["image"].shape[1] / image.shape[0]
+        boxes = torch.tensor([box], device=model.device) * scale
+        classes = torch.tensor([annotation["category_id"]], device=model.device)
+        fcn, fc = mask_paths(model, inputs, boxes, classes)
+        x0, y0, x1, y1 = (int(v) for v in (box[0], box[1], -(-box[2] // 1), -(-box[3] // 1)))
+        truth = annotation_mask(annotation, image.shape[:2])
+        drawn.append((image[y0:y1, x0:x1], truth[y0:y1, x0:x1], fcn[0], fc[0]))
+    picture = draw_mask_paths(*zip(*drawn))
+    os.makedirs(args.output, exist_ok=True)
+    path = os.path.join(args.output, "masks.png")
+    if not cv2.imwrite(path, picture[:, :, ::-1]):
+        raise DataError(f"cannot write {path}")
+    print(f"{count} objects: {path}")
+    return 0
+
+
+def curves(args: argparse.Namespace) -> int:
+    """Plot losses and AP by step, and precision by recall, of one or several output folders."""
+    runs, precisions = {}, {}
+    for folder in args.runs:
+        name = os.path.basename(os.path.normpath(folder))
+        metrics = os.path.join(folder, "metrics.json")
+        if not os.path.isfile(metrics):
+            raise DataError(f"{folder} is not the output folder of a run: it has no metrics.json.")
+        with open(metrics) as f:
+            runs[name] = [json.loads(line) for line in f]
+        found = os.path.join(folder, "inference", "coco_instances_results.json")
+        config = os.path.join(folder, "config.yaml")
+        if os.path.isfile(found) and os.path.isfile(config):
+            cfg = setup_config(config, [], needed=("TEST",))
+            coco = ground_truth(cfg.DATASETS.TEST[0])
+            with open(found) as f:
+                results = json.load(f)
+            if results:
+                kind = "segm" if "segmentation" in results[0] else "bbox"
+                limit = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
+                precisions[name] = precision_recall(coco, results, kind, limit)
+    os.makedirs(args.output, exist_ok=True)
+    plot_training(runs, os.path.join(args.output, "training.png"))
+    print(f"written: {os.path.join(args.output, 'training.png')}")
+    if precisions:
+        path = os.path.join(args.output, "precision_recall.png")
+        plot_precision_recall(precisions, path)
+        print(f"written: {path}, at IoU 0.5")
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -74,10 +200,24 @@ def main(argv: Optional[List[str]] = None) -> int:
     sub.add_argument("--score-threshold", type=float, default=0.5)
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     sub.set_defaults(run=predictions)
+    for command, run, number in (("levels", levels, 100), ("masks", masks, 8)):
+        sub = commands.add_parser(command, help=run.__doc__)
+        sub.add_argument("--config-file", required=True, help="config.yaml of a run")
+        sub.add_argument("--output", required=True, help="folder for the picture")
+        what = "images" if command == "levels" else "objects"
+        sub.add_argument("--number", type=int, default=number, help=f"how many {what}")
+        if command == "masks":
+            sub.add_argument("--images", type=int, default=20, help="to take the objects from")
+        sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
+        sub.set_defaults(run=run)
+    sub = commands.add_parser("curves", help=curves.__doc__)
+    sub.add_argument("runs", nargs="+", help="output folders")
+    sub.add_argument("--output", required=True, help="folder for the pictures")
+    sub.set_defaults(run=curves)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ConfigError, DataError) as e:
+    except (CheckpointError, ConfigError, DataError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
 

@@ -6,11 +6,10 @@ from typing import Dict, Iterable, List, Tuple
 
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from torch import nn
 from tqdm import tqdm
 
-from ..modeling import PAFPN, AdaptiveROIPooler
+from ..modeling import PAFPN, AdaptiveROIPooler, adaptive_poolers
 
 __all__ = ["calibrate"]
 
@@ -39,11 +38,7 @@ def calibrate(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str,
         dict[str, float]: for each pooler with adaptation layers, by its name, the squared error of
         the fused output that is left, as a share of the variance.
     """
-    poolers = {
-        name: module
-        for name, module in model.roi_heads.named_children()
-        if isinstance(module, AdaptiveROIPooler) and module.adaptation != "none"
-    }
+    poolers = adaptive_poolers(model.roi_heads)
     rows: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in poolers}
     training = model.training
     model.eval()
@@ -73,13 +68,7 @@ def calibrate(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str,
 
 def _rows(pooler: AdaptiveROIPooler, maps, donors, boxes) -> Tuple[torch.Tensor, torch.Tensor]:
     """What the layers give for some pixels, (L, N, D), and what the donor's gave, (N, D)."""
-    home = assign_boxes_to_levels(
-        boxes,
-        pooler.min_level,
-        pooler.max_level,
-        pooler.canonical_box_size,
-        pooler.canonical_level,
-    )
+    home = pooler.fpn_levels(boxes)
     levels, expected = (pooler.adapt(pooler.pool_levels(x, boxes)) for x in (maps, donors))
     index = home.view(1, -1, *[1] * (expected.dim() - 2)).expand(1, *expected.shape[1:])
     expected = expected.gather(0, index).relu()

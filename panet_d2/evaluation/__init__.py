@@ -1,11 +1,26 @@
 from .build import build_evaluator
-from .matching import ImageMatch, average_precision, match_predictions
-from .pictures import draw_comparison
+from .inspection import level_shares, mask_paths
+from .matching import ImageMatch, average_precision, match_predictions, precision_recall
+from .pictures import annotation_mask, draw_comparison
+from .plots import (
+    draw_mask_paths,
+    plot_level_shares,
+    plot_precision_recall,
+    plot_training,
+)
 
 __all__ = [
     "ImageMatch",
+    "annotation_mask",
     "average_precision",
     "build_evaluator",
     "draw_comparison",
+    "draw_mask_paths",
+    "level_shares",
+    "mask_paths",
     "match_predictions",
+    "plot_level_shares",
+    "plot_precision_recall",
+    "plot_training",
+    "precision_recall",
 ]

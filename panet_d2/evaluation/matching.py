@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass, field
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ["ImageMatch", "average_precision", "match_predictions"]
+__all__ = ["ImageMatch", "average_precision", "match_predictions", "precision_recall"]
 
 
 @dataclass
@@ -22,6 +22,7 @@ class ImageMatch:
     """
 
     found: List[dict] = field(default_factory=list)  # predictions that match an object
+    objects: List[dict] = field(default_factory=list)  # the objects that these match, in order
     false_positives: List[dict] = field(default_factory=list)  # predictions that match none
     missed: List[dict] = field(default_factory=list)  # objects that no prediction matches
 
@@ -71,9 +72,13 @@ def match_predictions(
         for prediction, matched, ignored in zip(
             entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0]
         ):
-            if not ignored:
-                group = match.found if matched else match.false_positives
-                group.append(evaluator.cocoDt.anns[prediction])
+            if ignored:
+                continue
+            if matched:
+                match.found.append(evaluator.cocoDt.anns[prediction])
+                match.objects.append(coco.anns[int(matched)])
+            else:
+                match.false_positives.append(evaluator.cocoDt.anns[prediction])
         for annotation, matched, ignored in zip(
             entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"]
         ):
@@ -98,13 +103,7 @@ def average_precision(
     """
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = _evaluate(coco, results, iou_type, max_detections)
-        evaluator.evaluate()
-        evaluator.accumulate()
-    # IoU thresholds, recalls, categories; all areas; the last of the limits.
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]
-    thresholds = evaluator.params.iouThrs
+    precision, thresholds, _ = _accumulated(coco, results, iou_type, max_detections)
 
     def mean(values: np.ndarray) -> float:
         known = values[values > -1]
@@ -115,3 +114,38 @@ def average_precision(
         "AP50": mean(precision[np.isclose(thresholds, 0.5)]),
         "AP75": mean(precision[np.isclose(thresholds, 0.75)]),
     }
+
+
+def precision_recall(
+    coco: COCO,
+    results: List[dict],
+    iou_type: str = "segm",
+    max_detections: int = 100,
+    iou_threshold: float = 0.5,
+) -> Tuple[np.ndarray, np.ndarray]:
+    """
+    Args:
+        coco, results, iou_type, max_detections: see :func:`average_precision`.
+        iou_threshold (float): overlap from which a prediction counts, 0.5, 0.55, … 0.95.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: recalls from 0 to 1, and the precision at each, the mean of
+        all categories that have objects.
+    """
+    precision, thresholds, recalls = _accumulated(coco, results, iou_type, max_detections)
+    at = precision[int(np.abs(thresholds - iou_threshold).argmin())]
+    known = at[:, (at > -1).all(axis=0)]
+    return recalls, known.mean(axis=1)
+
+
+def _accumulated(
+    coco: COCO, results: List[dict], iou_type: str, max_detections: int
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision by IoU threshold, recall and category; the thresholds; the recalls."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = _evaluate(coco, results, iou_type, max_detections)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # All areas; the last of the limits.
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
+    return precision, evaluator.params.iouThrs, evaluator.params.recThrs

@@ -11,10 +11,11 @@ from pycocotools.coco import COCO
 
 from .matching import ImageMatch
 
-__all__ = ["draw_comparison"]
+__all__ = ["annotation_mask", "draw_comparison"]
 
 # RGB, told apart by most colour-blind readers too.
 _FOUND, _FALSE, _MISSED, _TRUTH = (0, 190, 160), (230, 60, 40), (255, 200, 0), (90, 150, 255)
+_WRONG = (220, 80, 220)
 _MIN_HEIGHT = 384  # small images are enlarged, so that outlines and labels do not cover them
 _BAR = 26
 
@@ -23,8 +24,8 @@ def draw_comparison(
     image: np.ndarray, annotations: List[dict], match: ImageMatch, coco: COCO
 ) -> np.ndarray:
     """
-    The ground truth on the left; on the right what was found (green), false positives (red) and
-    the outlines of what was missed (yellow).
+    The ground truth on the left; on the right what was found (green), where its masks are wrong
+    (magenta), false positives (red) and the outlines of what was missed (yellow).
 
     Args:
         image (np.ndarray): RGB, uint8, shape (H, W, 3).
@@ -41,6 +42,7 @@ def draw_comparison(
     canvas = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
     truth = _draw(canvas, annotations, _TRUTH, size, fill=0.15)
     right = _draw(canvas, match.found, _FOUND, size)
+    right = _draw_wrong_pixels(right, match, size)
     right = _draw(right, match.false_positives, _FALSE, size)
     right = _draw(right, match.missed, _MISSED, size, fill=0.0)
     names = {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())}
@@ -54,6 +56,7 @@ def draw_comparison(
             right,
             [
                 (f"{len(match.found)} found", _FOUND),
+                ("wrong pixels", _WRONG),
                 (f"{len(match.false_positives)} false", _FALSE),
                 (f"{len(match.missed)} missed", _MISSED),
             ],
@@ -62,8 +65,16 @@ def draw_comparison(
     return np.concatenate(panels, axis=1)
 
 
-def _mask(entry: dict, size: Tuple[int, int]) -> np.ndarray:
-    """The mask of an annotation or a prediction, or its filled box where it has none."""
+def annotation_mask(entry: dict, size: Tuple[int, int]) -> np.ndarray:
+    """
+    Args:
+        entry (dict): an annotation or a prediction in COCO's format, with polygons, RLE, or only a
+            box, whose mask is all of it.
+        size (tuple[int, int]): height and width of the image.
+
+    Returns:
+        np.ndarray: uint8, 0 and 1, shape (height, width).
+    """
     segmentation = entry.get("segmentation")
     if not segmentation:
         mask = np.zeros(size, np.uint8)
@@ -87,11 +98,25 @@ def _draw(
     canvas = canvas.copy()
     height, width = canvas.shape[:2]
     for entry in entries:
-        mask = cv2.resize(_mask(entry, size), (width, height), interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(
+            annotation_mask(entry, size), (width, height), interpolation=cv2.INTER_NEAREST
+        )
         inside = mask.astype(bool)
         canvas[inside] = ((1 - fill) * canvas[inside] + fill * np.array(color)).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         cv2.drawContours(canvas, contours, -1, color, 1, cv2.LINE_AA)
+    return canvas
+
+
+def _draw_wrong_pixels(canvas: np.ndarray, match: ImageMatch, size: Tuple[int, int]) -> np.ndarray:
+    """Mark what a mask covers beyond its object, and what of the object it leaves out."""
+    wrong = np.zeros(size, np.uint8)
+    for prediction, truth in zip(match.found, match.objects):
+        wrong |= annotation_mask(prediction, size) ^ annotation_mask(truth, size)
+    height, width = canvas.shape[:2]
+    inside = cv2.resize(wrong, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+    canvas = canvas.copy()
+    canvas[inside] = (0.4 * canvas[inside] + 0.6 * np.array(_WRONG)).astype(np.uint8)
     return canvas
 
 

@@ -3,7 +3,7 @@ from .backbone import (
     build_resnet_pafpn_backbone,
     build_retinanet_resnet_pafpn_backbone,
 )
-from .poolers import AdaptiveROIPooler
+from .poolers import AdaptiveROIPooler, adaptive_poolers
 from .roi_heads import (
     FastRCNNConvFCNormHead,
     FCFusionBranch,
@@ -20,6 +20,7 @@ __all__ = [
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "adaptive_poolers",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",
 ]

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
+from torch import nn
 
 from ..config import ConfigError, checked
 from ..layers import FUSIONS, LevelwiseConv2d, LevelwiseLinear, fuse_levels, multilevel_roi_align
 
-__all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler"]
+__all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler", "adaptive_poolers"]
 
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
@@ -214,6 +215,23 @@ class AdaptiveROIPooler(ROIPooler):
             return fuse_levels(levels.unbind(), "max").relu()
         return fuse_levels(levels.relu().unbind(), self.fusion)
 
+    def fpn_levels(self, box_lists: List[Boxes]) -> torch.Tensor:
+        """
+        Args:
+            box_lists (list[Boxes]): see :meth:`forward`.
+
+        Returns:
+            Tensor: shape (M,), the index of the one level that FPN's rule, and with it
+            :class:`ROIPooler`, would pool each box from.
+        """
+        return assign_boxes_to_levels(
+            box_lists,
+            self.min_level,
+            self.max_level,
+            self.canonical_box_size,
+            self.canonical_level,
+        )
+
     def _pool(
         self, x: List[torch.Tensor], box_lists: List[Boxes], fuse: Optional[str]
     ) -> torch.Tensor:
@@ -234,6 +252,21 @@ class AdaptiveROIPooler(ROIPooler):
 
     def extra_repr(self) -> str:
         return f"fusion={self.fusion!r}, adaptation={self.adaptation!r}"
+
+
+def adaptive_poolers(roi_heads: nn.Module) -> Dict[str, AdaptiveROIPooler]:
+    """
+    Args:
+        roi_heads (nn.Module): any ROI heads.
+
+    Returns:
+        dict[str, AdaptiveROIPooler]: its poolers that have adaptation layers, by name.
+    """
+    return {
+        name: module
+        for name, module in roi_heads.named_children()
+        if isinstance(module, AdaptiveROIPooler) and module.adaptation != "none"
+    }
 
 
 def _pooler_format(box_lists: List[Boxes]) -> torch.Tensor:

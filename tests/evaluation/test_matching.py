@@ -7,7 +7,12 @@ import pytest
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from panet_d2.evaluation import average_precision, draw_comparison, match_predictions
+from panet_d2.evaluation import (
+    average_precision,
+    draw_comparison,
+    match_predictions,
+    precision_recall,
+)
 
 from ..common import write_coco
 
@@ -49,6 +54,24 @@ def test_wrong_class_low_score_duplicate_and_miss(coco):
     assert [a["id"] for a in match.missed] == [second["id"]]
     assert match.error_rate == pytest.approx(3 / 4)
     assert len(matches[2].missed) == 2 and matches[2].error_rate == 1
+
+
+def test_found_objects_are_those_of_the_predictions(coco):
+    results = [prediction(a, score=0.5 + a["id"] / 100) for a in coco.anns.values()]
+    for match in match_predictions(coco, results).values():
+        assert [o["bbox"] for o in match.objects] == [p["bbox"] for p in match.found]
+
+
+def test_precision_by_recall(coco):
+    """Of the two objects of one class, the better scored prediction is right and half are found."""
+    kept = [a for a in coco.anns.values() if a["category_id"] == 1]
+    results = [prediction(kept[0]), prediction(kept[0], score=0.5)]
+    recall, precision = precision_recall(coco, results)
+    classes = 3  # none of the other classes' objects is found
+    assert recall[0] == 0 and recall[-1] == 1 and len(recall) == len(precision)
+    assert precision[0] == pytest.approx(1 / classes)
+    reached = 1 / len(kept)
+    assert (precision[recall <= reached] > 0).all() and not precision[recall > reached].any()
 
 
 def test_overlap_decides(coco):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..common import tiny_cfg, write_coco
 
@@ -56,3 +58,50 @@ def test_number_of_pictures(run):
 def test_no_results(run, capsys):
     assert predictions(run, "--results", "lost.json") == 2
     assert "lost.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(run):
+    """The same folder with a model in it, and what training it has written."""
+    cfg = tiny_cfg()
+    torch.save({"model": build_model(cfg).state_dict()}, run / "model_final.pth")
+    lines = [{"iteration": i, "total_loss": 3.0 - i, "loss_cls": 1.0} for i in range(3)]
+    lines[-1]["segm/AP"] = 50.0
+    (run / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines))
+    return run
+
+
+def test_levels(trained, capsys):
+    config, output = str(trained / "config.yaml"), trained / "figures"
+    assert visualize.main(["levels", "--config-file", config, "--output", str(output)]) == 0
+    assert cv2.imread(str(output / "levels.png")) is not None
+    printed = capsys.readouterr().out
+    assert "box_pooler" in printed and "mask_pooler" in printed and " %" in printed
+
+
+def test_masks(trained, capsys):
+    config, output = str(trained / "config.yaml"), trained / "figures"
+    command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]
+    assert visualize.main(command) == 0
+    picture = cv2.imread(str(output / "masks.png"))
+    assert picture.shape == (24 + 3 * 164, 4 * 164, 3)  # a bar, three rows of four panels
+    assert "3 objects" in capsys.readouterr().out
+
+
+def test_curves(trained, tmp_path):
+    output = tmp_path / "figures"
+    assert visualize.main(["curves", str(trained), "--output", str(output)]) == 0
+    for name in ("training", "precision_recall"):
+        assert cv2.imread(str(output / f"{name}.png")) is not None
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["curves", "nowhere"], "nowhere is not the output folder"),
+        (["levels", "--config-file", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_one_clear_error(command, message, tmp_path, capsys):
+    assert visualize.main([*command, "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
