@@ -27,7 +27,7 @@ from panet_d2.checkpoint import CheckpointError
 from panet_d2.checkpoint.convert import convert
 from panet_d2.data import DataError, build_training_sample_loader
 from panet_d2.engine import Trainer, load_for_inference, setup_config
-from panet_d2.evaluation import build_evaluator
+from panet_d2.evaluation import build_evaluator, evaluations, read_history
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_net.py")
 RUNS = {
@@ -73,9 +73,7 @@ def at_step_0(cfg: CfgNode, weights: str, count: int) -> Dict[str, float]:
 
 def curve(metrics_file: str) -> Dict[int, float]:
     """Mask AP by the number of steps trained, from a run's metrics.json."""
-    with open(metrics_file) as f:
-        lines = [json.loads(line) for line in f]
-    return {line["iteration"] + 1: line["segm/AP"] for line in lines if "segm/AP" in line}
+    return {s: line["segm/AP"] for s, line in evaluations(read_history(metrics_file)).items()}
 
 
 def table(results: Dict[str, dict]) -> str:
@@ -97,19 +95,31 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
         return os.path.join(args.output, *parts)
 
     os.makedirs(args.output, exist_ok=True)
+    results: Dict[str, dict] = {}
+    if os.path.isfile(path("results.json")):  # of a comparison that was cut off
+        with open(path("results.json")) as f:
+            results = json.load(f)
+
+    def keep(run: str, values: dict) -> None:
+        results.setdefault(run, {}).update(values)
+        with open(path("results.json"), "w") as f:
+            json.dump(results, f, indent=1)
+
     if not args.donor:
         train(args.donor_config, path("donor"), *args.opts)
     donor = args.donor or path("donor", "model_final.pth")
     donor_cfg = setup_config(args.donor_config, [*args.opts, "OUTPUT_DIR", path("donor")])
     cfg = setup_config(args.config_file, [*args.opts, "OUTPUT_DIR", path("step_0")])
     weights = {"scratch": "", "warm": path("warm.pth"), "calibrated": path("calibrated.pth")}
-    convert("mask-rcnn", donor, weights["warm"], cfg)
-    images = build_training_sample_loader(cfg, args.calibrate)
-    convert("mask-rcnn", donor, weights["calibrated"], cfg, calibration=images)
-
-    results = {"donor": at_step_0(donor_cfg, donor, args.train_images)}
+    if "donor" not in results:
+        seed_all_rng(max(cfg.SEED, 0))
+        convert("mask-rcnn", donor, weights["warm"], cfg)
+        images = build_training_sample_loader(cfg, args.calibrate)
+        convert("mask-rcnn", donor, weights["calibrated"], cfg, calibration=images)
+        keep("donor", at_step_0(donor_cfg, donor, args.train_images))
     for run in RUNS:
-        results[run] = at_step_0(cfg, weights[run], args.train_images)
+        if run not in results:
+            keep(run, at_step_0(cfg, weights[run], args.train_images))
     for run in RUNS:
         schedule = {
             "MODEL.WEIGHTS": weights[run],
@@ -120,9 +130,7 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
         }
         opts = [str(part) for pair in schedule.items() for part in pair]
         train(args.config_file, path(run), *args.opts, *opts)
-        results[run]["curve"] = curve(path(run, "metrics.json"))
-    with open(path("results.json"), "w") as f:
-        json.dump(results, f, indent=1)
+        keep(run, {"curve": curve(path(run, "metrics.json"))})
     return results
 
 

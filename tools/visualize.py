@@ -39,6 +39,7 @@ from panet_d2.evaluation import (
     plot_precision_recall,
     plot_training,
     precision_recall,
+    read_history,
 )
 
 
@@ -166,8 +167,7 @@ def curves(args: argparse.Namespace) -> int:
         metrics = os.path.join(folder, "metrics.json")
         if not os.path.isfile(metrics):
             raise DataError(f"{folder} is not the output folder of a run: it has no metrics.json.")
-        with open(metrics) as f:
-            runs[name] = [json.loads(line) for line in f]
+        runs[name] = read_history(metrics)
         found = os.path.join(folder, "inference", "coco_instances_results.json")
         config = os.path.join(folder, "config.yaml")
         if os.path.isfile(found) and os.path.isfile(config):

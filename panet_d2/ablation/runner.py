@@ -15,6 +15,8 @@ from typing import Callable, Dict, List, Sequence
 
 from tqdm import tqdm
 
+from ..evaluation import evaluations, losses, read_history
+
 __all__ = ["Run", "RunFailed", "execute", "result_of", "run_all"]
 
 
@@ -91,26 +93,20 @@ def result_of(run: Run, output: str) -> Dict:
     Returns:
         dict: what the report needs of it.
     """
-    with open(os.path.join(output, "metrics.json")) as f:
-        lines = [json.loads(line) for line in f]
-    # A run that was cut off and resumed has some iterations twice; the later line is the run's.
-    by_iteration = {line["iteration"]: line for line in lines}
-    evaluated = {i + 1: line for i, line in sorted(by_iteration.items()) if "segm/AP" in line}
+    history = read_history(os.path.join(output, "metrics.json"))
+    evaluated, trained = evaluations(history), losses(history)
     last = evaluated[max(evaluated)]
     with open(os.path.join(output, "log.txt")) as f:
         log = f.read()
     compute = re.findall(r"inference pure compute time: \S+ \(([\d.]+) s / iter", log)
-    steps = [line for line in by_iteration.values() if "time" in line]
     return {
         "rung": run.rung,
         "seed": run.seed,
         "steps": max(evaluated),
         "results": {k: v for k, v in last.items() if k.startswith(("bbox/AP", "segm/AP"))},
         "curve": {step: line["segm/AP"] for step, line in evaluated.items()},
-        "losses": {
-            line["iteration"] + 1: line["total_loss"] for line in steps if "total_loss" in line
-        },
-        "seconds_per_step": median(line["time"] for line in steps),
+        "losses": {step: line["total_loss"] for step, line in trained.items()},
+        "seconds_per_step": median(line["time"] for line in trained.values() if "time" in line),
         "seconds_per_image": float(compute[-1]),
     }
 

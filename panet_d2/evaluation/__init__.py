@@ -1,4 +1,5 @@
 from .build import build_evaluator
+from .history import evaluations, losses, read_history
 from .inspection import level_shares, mask_paths
 from .matching import ImageMatch, average_precision, match_predictions, precision_recall
 from .pictures import annotation_mask, draw_comparison
@@ -16,11 +17,14 @@ __all__ = [
     "build_evaluator",
     "draw_comparison",
     "draw_mask_paths",
+    "evaluations",
     "level_shares",
+    "losses",
     "mask_paths",
     "match_predictions",
     "plot_level_shares",
     "plot_precision_recall",
     "plot_training",
     "precision_recall",
+    "read_history",
 ]

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import torch
 
+from .history import evaluations, losses
+
 __all__ = ["draw_mask_paths", "plot_level_shares", "plot_precision_recall", "plot_training"]
 
 
@@ -58,15 +60,16 @@ def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
     """
     plt = _pyplot()
     keys = {key for lines in runs.values() for line in lines for key in line}
-    losses = sorted(key for key in keys if "loss" in key)
+    parts = sorted(key for key in keys if "loss" in key)
     tasks = sorted(key for key in keys if key.endswith("/AP"))
-    titles = losses + tasks
+    titles = parts + tasks
     columns = min(4, len(titles))
     rows = -(-len(titles) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
     for axis, title in zip(axes.flat, titles):
         for name, lines in runs.items():
-            points = {line["iteration"] + 1: line[title] for line in lines if title in line}
+            by_step = evaluations(lines, title[: -len("/AP")]) if title in tasks else losses(lines)
+            points = {step: line[title] for step, line in by_step.items() if title in line}
             style = "-o" if title in tasks else "-"
             axis.plot(list(points), list(points.values()), style, ms=3, label=name)
         axis.set_title(title, fontsize=10)

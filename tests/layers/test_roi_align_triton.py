@@ -185,10 +185,17 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_war
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-@pytest.mark.parametrize("fuse", [0, 1, 2])
-@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
-@pytest.mark.parametrize("dtype, loads", [("*fp16", 64), ("*fp32", 128)])
-def test_compiles_to_wide_loads(kernel, dtype, loads, fuse):
+@pytest.mark.parametrize(
+    "kernel, dtype, fuse, loads",
+    [
+        ("_forward_kernel", "*fp16", 0, 64),
+        ("_forward_kernel", "*bf16", 1, 64),
+        ("_forward_kernel", "*fp32", 2, 128),
+        ("_backward_kernel", "*fp16", 0, None),
+        ("_backward_kernel", "*fp32", 1, None),
+    ],
+)
+def test_compiles_to_wide_accesses(kernel, dtype, fuse, loads):
     """For sm_90, which takes no GPU; the interpreter lets pass what the compiler does not."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -14,8 +14,8 @@ spec.loader.exec_module(tool)
 
 
 def test_curve(tmp_path):
-    lines = [{"iteration": 29, "segm/AP": 1.5}, {"iteration": 39, "total_loss": 2.0}]
-    lines.append({"iteration": 59, "segm/AP": 2.5, "bbox/AP": 3.5})
+    lines = [{"iteration": 29, "segm/AP": 1.5}, {"iteration": 59, "total_loss": 2.0}]
+    lines.append({"iteration": 60, "segm/AP": 2.5, "bbox/AP": 3.5})  # after the last step
     path = tmp_path / "metrics.json"
     path.write_text("\n".join(json.dumps(line) for line in lines))
     assert tool.curve(str(path)) == {30: 1.5, 60: 2.5}
