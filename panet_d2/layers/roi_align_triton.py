@@ -88,8 +88,8 @@ def _tile(box_tile, boxes, bins_h, bins_w, channels, BINS: tl.constexpr, CHANNEL
 @triton.jit
 def _forward_kernel(
     features,  # tuple of (B, H_l, W_l, C)
-    heights,  # tuple of H_l
-    widths,
+    heights,  # tuple of H_l, as floats
+    widths,  # tuple of W_l, as floats
     scales,
     boxes,  # (M, 5), float32
     out,  # (M, bins, C), or (M, bins, L, C) without a fusion
@@ -113,7 +113,8 @@ def _forward_kernel(
     fused = tl.zeros((BINS, CHANNELS), tl.float32)
     bits = tl.zeros((BINS, CHANNELS), tl.int32)
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height = tl.cast(heights[level], tl.int32)
+        width = tl.cast(widths[level], tl.int32)
         first_y, bin_h = _axis(y0, y1, scales[level], bins_h, ALIGNED)
         first_x, bin_w = _axis(x0, x1, scales[level], bins_w, ALIGNED)
         pixels = features[level] + image * height * width * channels
@@ -212,7 +213,8 @@ def _backward_kernel(
             gradient -= share
         share = share / (RATIO * RATIO)
         reached = inside & (share != 0.0)
-        height, width = heights[level], widths[level]
+        height = tl.cast(heights[level], tl.int32)
+        width = tl.cast(widths[level], tl.int32)
         first_y, bin_h = _axis(y0, y1, scales[level], bins_h, ALIGNED)
         first_x, bin_w = _axis(x0, x1, scales[level], bins_w, ALIGNED)
         pixels = gradients[level] + image * height * width * channels
@@ -322,9 +324,12 @@ def covers(features: List[torch.Tensor], sampling_ratio: int) -> bool:
     )
 
 
-def _sizes(shapes: Sequence[Tuple[int, ...]]) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
-    """Heights and widths of maps of shape (B, H, W, C)."""
-    return tuple(s[1] for s in shapes), tuple(s[2] for s in shapes)
+def _sizes(shapes: Sequence[Tuple[int, ...]]) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """
+    Heights and widths of maps of shape (B, H, W, C). They are floats, because Triton compiles anew
+    for integers that are multiples of 16, and so for almost every size of images.
+    """
+    return tuple(float(s[1]) for s in shapes), tuple(float(s[2]) for s in shapes)
 
 
 def _launch(num_boxes: int, channels: int, output_size: Tuple[int, int]) -> Tuple[tuple, dict]:

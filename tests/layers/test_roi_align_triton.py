@@ -160,8 +160,8 @@ from panet_d2.layers import roi_align_triton as m
 
 kernel, dtype, fuse = getattr(m, sys.argv[1]), sys.argv[2], int(sys.argv[3])
 levels, maps = 4, "*fp32" if "backward" in sys.argv[1] else dtype
-types = dict(features=(maps,) * levels, gradients=(maps,) * levels, heights=("i32",) * levels,
-             widths=("i32",) * levels, scales=("fp32",) * levels, boxes="*fp32", out=dtype,
+types = dict(features=(maps,) * levels, gradients=(maps,) * levels, heights=("fp32",) * levels,
+             widths=("fp32",) * levels, scales=("fp32",) * levels, boxes="*fp32", out=dtype,
              upstream=dtype, winners="*u8", channel_step="i32", channels="i32", bins_h="i32",
              bins_w="i32")
 constants = dict(LEVELS=levels, RATIO=2, ALIGNED=True, FUSE=fuse, KEEP_WINNERS=True, BINS=4,
@@ -215,6 +215,26 @@ def test_compiles_to_wide_accesses(kernel, dtype, fuse, loads):
         # threads; times 4 bins, 4 levels, and 8 corners, since the loop over rows stays one.
         atomics = sum(count for name, count in found.items() if name.startswith("atom"))
         assert atomics == 2 * 4 * 4 * 8, found
+
+
+def test_sizes_of_images_do_not_compile_anew():
+    """Triton's key of a compiled kernel is the same for whatever sizes of feature maps."""
+    from triton.runtime.jit import mangle_type
+
+    keys = set()
+    for height, width in [(200, 304), (208, 336), (16, 1), (7, 13)]:
+        heights, widths = kernels._sizes([(1, height, width, 256), (1, height, 16, 256)])
+        assert (heights, widths) == ((height, height), (width, 16))
+        keys.add(str([mangle_type(size, specialize=True) for size in (*heights, *widths)]))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (16, 16)])
+def test_sizes_of_maps(size):
+    features = [torch.randn(1, 3, *size, device=DEVICE) for _ in range(2)]
+    args = (boxes([[0, 1, 0, 9, 5]]), [1.0, 0.5], (2, 2), 2, True, "max")
+    result = kernels.roi_align_levels_triton(features, *args)
+    torch.testing.assert_close(result, multilevel_roi_align_reference(features, *args))
 
 
 def test_what_is_not_covered(monkeypatch):
