@@ -22,12 +22,14 @@ from torch import nn
 
 from panet_d2 import ConfigError
 from panet_d2.benchmark.models import (
+    FIXED_COUNTS,
     HEADS,
     build_models,
     count_flops,
     images,
     part_times,
     set_score_threshold,
+    tame,
 )
 from panet_d2.benchmark.op import benchmark_op
 from panet_d2.benchmark.report import describe_machine, markdown, plot
@@ -80,7 +82,7 @@ def benchmark_models(cfg: CfgNode, head: str, args: argparse.Namespace) -> Dict:
     result: Dict = {"seconds": {}, "bytes": {}, "parts": {}}
     tasks = {
         "inference, batch 1": lambda m: inference(m, single, amp),
-        f"inference, batch {args.batch}": lambda m: inference(m, batch, amp),
+        f"inference, batch {args.batch}": lambda m: inference(m, batch, amp),  # may be the same
         f"training step, batch {args.batch}": lambda m: training_step(m, batch, amp),
     }
     for what, task in tasks.items():
@@ -108,9 +110,9 @@ def benchmark_ladder(config_files: Sequence[str], size: Tuple[int, int]) -> List
     """GFLOPs of one image and parameters of every rung of the paper's ladder."""
     rows = []
     for config_file in config_files:
-        opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+        opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *map(str, FIXED_COUNTS)]
         cfg = setup_config(config_file, opts, needed=())
-        model = build_model(cfg).eval()
+        model = tame(build_model(cfg)).eval()
         inputs = images(1, *size)
         set_score_threshold(model, inputs)
         rows.append(

@@ -20,6 +20,7 @@ from ..modeling import AdaptiveROIPooler
 from .timing import PartTimes
 
 __all__ = [
+    "FIXED_COUNTS",
     "HEADS",
     "NaivePooler",
     "build_models",
@@ -27,6 +28,7 @@ __all__ = [
     "images",
     "part_times",
     "set_score_threshold",
+    "tame",
 ]
 
 # Overrides that make a Mask R-CNN of the same heads out of a PANet's config, by the kind of box
@@ -53,6 +55,14 @@ HEADS: Dict[str, Tuple[tuple, tuple]] = {
         ),
     ),
 }
+
+# With random weights, non-maximum suppression would leave any number of proposals and detections,
+# and another one for each model. At this threshold it leaves as many as the config allows, which is
+# what a trained model has; and as many from each level, so that they are of all sizes.
+FIXED_COUNTS = (
+    *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
+)
 
 # Candidates of a trained model that reach its non-maximum suppression, boxes times classes.
 _CANDIDATES = 300
@@ -117,12 +127,12 @@ def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
     for name, opts in (("Mask R-CNN", baseline), ("naive PANet", panet), ("PANet", panet)):
         changed = cfg.clone()
         changed.defrost()
-        changed.merge_from_list([*opts, "MODEL.WEIGHTS", ""])
+        changed.merge_from_list([*opts, *FIXED_COUNTS, "MODEL.WEIGHTS", ""])
         if name == "Mask R-CNN":
             for head_node in (changed.MODEL.ROI_BOX_HEAD, changed.MODEL.ROI_MASK_HEAD):
                 head_node.AFP.ENABLED = False
         seed_all_rng(0)
-        models[name] = build_model(changed)
+        models[name] = tame(build_model(changed))
     heads = models["naive PANet"].roi_heads
     for pooler in ("box_pooler", "mask_pooler"):
         naive = NaivePooler(getattr(heads, pooler)).to(cfg.MODEL.DEVICE)
@@ -155,6 +165,28 @@ def images(count: int, height: int, width: int, objects: int = 10, classes: int 
         image = torch.from_numpy(rng.integers(0, 256, (3, height, width))).float()
         inputs.append({"image": image, "height": height, "width": width, "instances": instances})
     return inputs
+
+
+@torch.no_grad()
+def tame(model: nn.Module) -> nn.Module:
+    """
+    Make a model with random weights behave as a trained one where its cost depends on it.
+
+    Args:
+        model (nn.Module): changed in place. Its residual blocks pass on what they get, without
+            which the features would grow beyond bounds; and boxes are not moved, so that proposals
+            are anchors and detections are proposals.
+
+    Returns:
+        nn.Module: the same.
+    """
+    for block in model.backbone.bottom_up.modules():
+        if hasattr(block, "shortcut"):  # a residual block, whatever its kind
+            last = block.conv3 if hasattr(block, "conv3") else block.conv2
+            last.norm.weight.zero_()
+    model.proposal_generator.rpn_head.anchor_deltas.weight.zero_()
+    model.roi_heads.box_predictor.bbox_pred.weight.zero_()
+    return model
 
 
 @torch.no_grad()

@@ -53,6 +53,21 @@ def test_threshold_lets_detections_through(models):
         assert len(model(x)[0]["instances"]) > 0
 
 
+def test_counts_are_those_of_a_trained_model(models):
+    """As many proposals as the config allows, for every model, and of all sizes."""
+    _, built = models
+    for model in built.values():
+        seen = []
+        generator = model.proposal_generator
+        hook = generator.register_forward_hook(lambda *args, seen=seen: seen.append(args[2][0][0]))
+        with torch.no_grad():
+            model.eval()(images(1, 128, 128))
+        hook.remove()
+        sizes = seen[0].proposal_boxes.area().sqrt()
+        assert len(sizes) == 50  # RPN.POST_NMS_TOPK_TEST
+        assert sizes.max() > 2 * sizes.min()
+
+
 def test_parts_of_a_model(models):
     head, built = models
     for name, model in built.items():

@@ -1,0 +1,56 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ..checkpoint.test_mask_rcnn import DONOR, state
+from ..common import tiny_cfg, write_coco
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/convert_weights.py"
+spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+
+@pytest.fixture
+def donor(tmp_path):
+    json_file, root = write_coco(tmp_path / "squares")
+    cfg = tiny_cfg(
+        *("DATASETS.REGISTER_COCO", [["converted_squares", json_file, root]]),
+        *("DATASETS.TRAIN", ["converted_squares"]),
+    )
+    (tmp_path / "panet.yaml").write_text(cfg.dump())
+    torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
+    return tmp_path
+
+
+def convert(folder, *args):
+    files = [str(folder / name) for name in ("donor.pth", "out.pth")]
+    return tool.main(["mask-rcnn", *files, "--config-file", str(folder / "panet.yaml"), *args])
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_account_and_weights(donor, calibrate, capsys):
+    assert convert(donor, *(("--calibrate", "2") if calibrate else ())) == 0
+    printed = capsys.readouterr().out
+    assert "carried" in printed and "into every level" in printed
+    assert ("into every level, calibrated" in printed) == calibrate
+    weights = torch.load(donor / "out.pth", weights_only=True)["model"]
+    build_model(tiny_cfg()).load_state_dict(weights)
+    layers = weights["roi_heads.box_pooler.adaptation_layers.weight"].chunk(4)
+    assert torch.equal(layers[0], layers[1]) != calibrate
+
+
+def test_calibration_needs_training_data(donor, capsys):
+    assert convert(donor, "--calibrate", "2", "--opts", "DATASETS.TRAIN", "[]") == 2
+    assert "DATASETS.TRAIN" in capsys.readouterr().err
+    assert not (donor / "out.pth").exists()
+
+
+@pytest.mark.parametrize("kind, count", [("release", "2"), ("mask-rcnn", "0")])
+def test_calibration_is_for_warm_starts(kind, count, capsys):
+    with pytest.raises(SystemExit):
+        tool.main([kind, "in.pth", "out.pth", "--calibrate", count])
+    assert "--calibrate is for mask-rcnn" in capsys.readouterr().err
