@@ -143,7 +143,7 @@ def plot(results: Dict, path: str) -> None:
         axis.set_xlabel("ms")
         axis.invert_yaxis()
         if head == list(models)[-1]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, ncol=4, loc="upper right", bbox_to_anchor=(1.0, -0.15))
     if op:
         axis = axes[0][-1]
         fusion = "max" if any(r["fusion"] == "max" for r in op) else op[0]["fusion"]

@@ -16,7 +16,8 @@ from ..common import tiny_cfg
 
 @pytest.fixture(scope="module", params=list(HEADS))
 def models(request):
-    return request.param, build_models(tiny_cfg("MODEL.ROI_BOX_HEAD.CONV_DIM", 32), request.param)
+    cfg = tiny_cfg("MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 1000)
+    return request.param, build_models(cfg, request.param)
 
 
 def test_models_are_what_they_are_called(models):
@@ -64,7 +65,8 @@ def test_counts_are_those_of_a_trained_model(models):
             model.eval()(images(1, 128, 128))
         hook.remove()
         sizes = seen[0].proposal_boxes.area().sqrt()
-        assert len(sizes) == 50  # RPN.POST_NMS_TOPK_TEST
+        # 200 from each of the two finest levels, and all anchors of the three others
+        assert len(sizes) == 2 * 200 + 3 * (8 * 8 + 4 * 4 + 2 * 2)
         assert sizes.max() > 2 * sizes.min()
 
 
