@@ -13,13 +13,11 @@ import re
 import sys
 from typing import Dict, List, Optional
 
-from detectron2.modeling import build_model
-
 from panet_d2 import ConfigError
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
 from panet_d2.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
 from panet_d2.ablation.runner import Run, run_all
-from panet_d2.benchmark.models import FIXED_COUNTS, count_flops, images, set_score_threshold, tame
+from panet_d2.benchmark.models import model_size
 from panet_d2.data import DataError
 from panet_d2.engine import setup_config
 
@@ -37,15 +35,8 @@ def describe_models(config_file: str, rungs: List[str]) -> Dict[str, dict]:
     """Parameters of each rung, and GFLOPs for an image of 256 x 256."""
     models = {}
     for name in rungs:
-        opts = [str(o) for o in (*overrides(RUNGS[name]), *FIXED_COUNTS)]
-        cfg = setup_config(config_file, [*opts, "MODEL.DEVICE", "cpu"], needed=())
-        model = tame(build_model(cfg)).eval()
-        inputs = images(1, 256, 256)
-        set_score_threshold(model, inputs)
-        models[name] = {
-            "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-            "gflops": count_flops(model, inputs) / 1e9,
-        }
+        opts = [*map(str, overrides(RUNGS[name])), "MODEL.DEVICE", "cpu"]
+        models[name] = model_size(setup_config(config_file, opts, needed=()), 256, 256)
     return models
 
 

@@ -16,20 +16,17 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from panet_d2 import ConfigError
 from panet_d2.benchmark.models import (
-    FIXED_COUNTS,
     HEADS,
     build_models,
-    count_flops,
     images,
+    model_size,
     part_times,
     set_score_threshold,
-    tame,
 )
 from panet_d2.benchmark.op import benchmark_op
 from panet_d2.benchmark.report import describe_machine, markdown, plot
@@ -110,18 +107,9 @@ def benchmark_ladder(config_files: Sequence[str], size: Tuple[int, int]) -> List
     """GFLOPs of one image and parameters of every rung of the paper's ladder."""
     rows = []
     for config_file in config_files:
-        opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *map(str, FIXED_COUNTS)]
-        cfg = setup_config(config_file, opts, needed=())
-        model = tame(build_model(cfg)).eval()
-        inputs = images(1, *size)
-        set_score_threshold(model, inputs)
-        rows.append(
-            {
-                "rung": os.path.splitext(os.path.basename(config_file))[0],
-                "gflops": count_flops(model, inputs) / 1e9,
-                "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-            }
-        )
+        cfg = setup_config(config_file, ["MODEL.DEVICE", "cpu"], needed=())
+        rung = os.path.splitext(os.path.basename(config_file))[0]
+        rows.append({"rung": rung, **model_size(cfg, *size)})
         print(rows[-1], flush=True)
     return rows
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError, NamedImageMapper
+from panet_d2.data import DataError, NamedImageMapper, spread_evenly
 from panet_d2.engine import load_for_inference, setup_config
 from panet_d2.evaluation import (
     annotation_mask,
@@ -66,8 +66,7 @@ def predictions(args: argparse.Namespace) -> int:
     matches = match_predictions(coco, results, args.score_threshold)
     worst_first = sorted(matches, key=lambda i: -matches[i].error_rate)
     # Evenly from the worst to the best, so that a few pictures give a fair impression.
-    step = max(1, len(worst_first) / args.number)
-    chosen = [worst_first[int(i * step)] for i in range(min(args.number, len(worst_first)))]
+    chosen = spread_evenly(worst_first, args.number)
     os.makedirs(args.output, exist_ok=True)
     for rank, image_id in enumerate(tqdm(chosen, desc="pictures", unit="image")):
         record = coco.loadImgs([image_id])[0]
@@ -97,9 +96,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
 
 def test_images(cfg: CfgNode, count: int) -> List[dict]:
     """Some of the images of the first test set, evenly spread, in Detectron2's format."""
-    dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST[:1])
-    count = min(count, len(dicts))
-    return [dicts[i * len(dicts) // count] for i in range(count)]
+    return spread_evenly(get_detection_dataset_dicts(cfg.DATASETS.TEST[:1]), count)
 
 
 def levels(args: argparse.Namespace) -> int:

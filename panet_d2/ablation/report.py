@@ -10,6 +10,7 @@ from typing import Dict, List
 
 from tabulate import tabulate
 
+from ..evaluation.plots import pyplot, save_figure
 from .rungs import GROUPS, RUNGS
 from .statistics import paired_difference, standard_error
 
@@ -110,7 +111,7 @@ def plot_curves(results: Results, path: str) -> None:
         results (dict): see :func:`load_results`.
         path (str): the PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for name, rung in GROUPS["ladder"].items():
         if name not in results:
@@ -125,9 +126,7 @@ def plot_curves(results: Results, path: str) -> None:
     axis.set_ylabel("mask AP, validation")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_differences(results: Results, path: str) -> None:
@@ -138,7 +137,7 @@ def plot_differences(results: Results, path: str) -> None:
         results (dict): see :func:`load_results`.
         path (str): the PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     rows = []
     for name, rung in RUNGS.items():
         if name in results and rung.below in results:
@@ -154,15 +153,4 @@ def plot_differences(results: Results, path: str) -> None:
     axis.set_yticks(range(len(rows)), [f"{n} against {RUNGS[n].below}" for n, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel("difference in mask AP, and its 95 % interval")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    save_figure(figure, path)

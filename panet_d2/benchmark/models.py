@@ -26,6 +26,7 @@ __all__ = [
     "build_models",
     "count_flops",
     "images",
+    "model_size",
     "part_times",
     "set_score_threshold",
     "tame",
@@ -219,6 +220,27 @@ def count_flops(model: nn.Module, inputs: List[dict]) -> float:
     analysis.set_op_handle("aten::baddbmm", lambda ins, outs: bmm_flop_jit(ins[1:3], outs))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total()
+
+
+def model_size(cfg: CfgNode, height: int, width: int) -> Dict[str, float]:
+    """
+    Args:
+        cfg (CfgNode): of a model of Mask R-CNN's kind.
+        height, width (int): of an image.
+
+    Returns:
+        dict[str, float]: "million_parameters", and the "gflops" of inference, see
+        :func:`count_flops`, with as many proposals and detections as a trained model has.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([*FIXED_COUNTS, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+    model, inputs = tame(build_model(cfg)).eval(), images(1, height, width)
+    set_score_threshold(model, inputs)
+    return {
+        "gflops": count_flops(model, inputs) / 1e9,
+        "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+    }
 
 
 @contextmanager

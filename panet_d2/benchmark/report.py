@@ -10,6 +10,8 @@ import torch
 import torchvision
 from tabulate import tabulate
 
+from ..evaluation.plots import pyplot, save_figure
+
 __all__ = ["PARTS", "describe_machine", "markdown", "plot"]
 
 PARTS = ("backbone", "neck", "RPN", "pooling", "adaptation", "heads", "post-processing", "other")
@@ -125,11 +127,7 @@ def plot(results: Dict, path: str) -> None:
         results (dict): what ``tools/benchmark.py`` has measured.
         path (str): the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     models, op = results.get("models", {}), results.get("op", [])
     panels = len(models) + bool(op)
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
@@ -159,6 +157,4 @@ def plot(results: Dict, path: str) -> None:
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)
     figure.suptitle(str(results["machine"]["device"]))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-from .build import build_training_sample_loader
+from .build import build_training_sample_loader, spread_evenly
 from .dataset_mapper import NamedImageMapper
 from .datasets import register_shapes
 from .register import DataError, register_coco_file, setup_datasets
@@ -10,4 +10,5 @@ __all__ = [
     "register_coco_file",
     "register_shapes",
     "setup_datasets",
+    "spread_evenly",
 ]

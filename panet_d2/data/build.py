@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import List, Sequence, TypeVar
+
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
@@ -9,7 +11,9 @@ from torch.utils.data import DataLoader
 from ..config import ConfigError
 from .dataset_mapper import NamedImageMapper
 
-__all__ = ["build_training_sample_loader"]
+__all__ = ["build_training_sample_loader", "spread_evenly"]
+
+T = TypeVar("T")
 
 
 def build_training_sample_loader(cfg: CfgNode, count: int) -> DataLoader:
@@ -29,6 +33,18 @@ def build_training_sample_loader(cfg: CfgNode, count: int) -> DataLoader:
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is []; it must name the data to take images from.")
     dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
-    count = min(count, len(dicts))
-    sample = [dicts[i * len(dicts) // count] for i in range(count)]
+    sample = spread_evenly(dicts, count)
     return build_detection_test_loader(sample, mapper=NamedImageMapper(cfg, False))
+
+
+def spread_evenly(items: Sequence[T], count: int) -> List[T]:
+    """
+    Args:
+        items (sequence): what to choose from.
+        count (int): how many of them; all if there are fewer.
+
+    Returns:
+        list: the first, and others at equal distances.
+    """
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -10,22 +10,31 @@ import torch
 
 from .history import evaluations, losses
 
-__all__ = ["draw_mask_paths", "plot_level_shares", "plot_precision_recall", "plot_training"]
+__all__ = [
+    "draw_mask_paths",
+    "plot_level_shares",
+    "plot_precision_recall",
+    "plot_training",
+    "pyplot",
+    "save_figure",
+]
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib's pyplot, imported only where something is drawn, and without a window."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
-def _save(plt, figure, path: str) -> None:
+def save_figure(figure, path: str) -> None:
+    """Write a figure as a PNG and let go of it."""
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def plot_level_shares(shares: Dict[str, torch.Tensor], names: Sequence[str], path: str) -> None:
@@ -35,7 +44,7 @@ def plot_level_shares(shares: Dict[str, torch.Tensor], names: Sequence[str], pat
         names (sequence[str]): of the levels, from fine to coarse.
         path (str): the PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(shares), figsize=(5 * len(shares), 4), squeeze=False)
     for axis, (pooler, table) in zip(axes[0], shares.items()):
         for name, row in zip(names, table.tolist()):
@@ -47,7 +56,7 @@ def plot_level_shares(shares: Dict[str, torch.Tensor], names: Sequence[str], pat
         axis.set_ylabel("share of the fused features, %")
         axis.set_ylim(0, 100)
         axis.legend(title="level by FPN's rule", fontsize=8)
-    _save(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
@@ -58,7 +67,7 @@ def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
         runs (dict[str, list[dict]]): lines of each run's ``metrics.json``, by the run's name.
         path (str): the PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     keys = {key for lines in runs.values() for line in lines for key in line}
     parts = sorted(key for key in keys if "loss" in key)
     tasks = sorted(key for key in keys if key.endswith("/AP"))
@@ -78,7 +87,7 @@ def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
     axes[0][0].legend(fontsize=7)
     for axis in axes.flat[len(titles) :]:
         axis.set_visible(False)
-    _save(plt, figure, path)
+    save_figure(figure, path)
 
 
 def plot_precision_recall(curves: Dict[str, Tuple[np.ndarray, np.ndarray]], path: str) -> None:
@@ -88,13 +97,13 @@ def plot_precision_recall(curves: Dict[str, Tuple[np.ndarray, np.ndarray]], path
             by name.
         path (str): the PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 4.5))
     for name, (recall, precision) in curves.items():
         axis.plot(recall, precision, label=f"{name}, area {100 * precision.mean():.1f}")
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.legend(fontsize=8)
-    _save(plt, figure, path)
+    save_figure(figure, path)
 
 
 def draw_mask_paths(
