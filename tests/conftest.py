@@ -1,8 +1,10 @@
+import logging
 import os
 
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.logger import setup_logger
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. It must know before it is imported.
@@ -16,3 +18,15 @@ torch.set_num_threads(1)
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A tool's log goes to what was standard output in its test, which is closed afterwards."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "panet_d2")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    setup_logger.cache_clear()

@@ -10,8 +10,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from os import cpu_count
 from statistics import median
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
@@ -51,7 +52,9 @@ def result_file(results: str, run: Run) -> str:
     return os.path.join(results, f"{run.name}.json")
 
 
-def execute(run: Run, work: str, results: str, train_net: str) -> None:
+def execute(
+    run: Run, work: str, results: str, train_net: str, threads: Optional[int] = None
+) -> None:
     """
     Train and evaluate, from where it was cut off if it was, and write the JSON file.
 
@@ -60,6 +63,7 @@ def execute(run: Run, work: str, results: str, train_net: str) -> None:
         work (str): folder for the output folders of training runs.
         results (str): folder for JSON files.
         train_net (str): path of ``train_net.py``.
+        threads (int): of the CPU, that the run may use; None for torch's own choice.
 
     Raises:
         RunFailed: if training ends with an error.
@@ -70,11 +74,12 @@ def execute(run: Run, work: str, results: str, train_net: str) -> None:
     command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
     command += ["--resume", *map(str, opts)]
     log = os.path.join(output, "console.txt")
+    environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
     started = time.time()
     with open(log, "a") as f:
-        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise RunFailed(f"{run.name} ended with {code}; see {log}.")
+        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RunFailed(f"{run.name} ended with {done.returncode}; see {log}.")
     content = result_of(run, output)
     content["wall_seconds"] = time.time() - started
     path = result_file(results, run)
@@ -124,7 +129,8 @@ def run_all(
 
     Args:
         runs, work, results, train_net: see :func:`execute`.
-        jobs (int): how many at a time.
+        jobs (int): how many at a time. They share the cores: two runs with all threads each slow
+            each other down tenfold.
         execute (callable): does one run.
 
     Returns:
@@ -133,10 +139,11 @@ def run_all(
     os.makedirs(results, exist_ok=True)
     todo = [run for run in runs if not os.path.isfile(result_file(results, run))]
     failures: List[str] = []
+    threads = max(1, cpu_count() // jobs) if jobs > 1 else None
     # Started with those that are done, so that the time left is that of what is left.
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     with bar, ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(execute, run, work, results, train_net) for run in todo]
+        futures = [pool.submit(execute, run, work, results, train_net, threads) for run in todo]
         for future in as_completed(futures):
             try:
                 future.result()

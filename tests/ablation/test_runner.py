@@ -1,4 +1,5 @@
 import json
+from os import cpu_count
 
 import pytest
 
@@ -41,14 +42,15 @@ def test_a_run_is_a_training_run(tmp_path, monkeypatch):
     commands = []
 
     def train(command, **kwargs):
-        commands.append(command)
+        commands.append((command, kwargs["env"]["OMP_NUM_THREADS"]))
         write_output(tmp_path / "work/+mst_seed2")
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(runner.subprocess, "run", train)
     (tmp_path / "results").mkdir()
-    runner.execute(RUN, str(tmp_path / "work"), str(tmp_path / "results"), "train_net.py")
-    (command,) = commands
+    runner.execute(RUN, str(tmp_path / "work"), str(tmp_path / "results"), "train_net.py", 3)
+    ((command, threads),) = commands
+    assert threads == "3"
     rest = command[command.index("train_net.py") :]
     assert rest[:6] == ["train_net.py", "--config-file", "config.yaml", "--resume", "A", "1"]
     assert rest[6:] == ["SEED", "2", "OUTPUT_DIR", str(tmp_path / "work/+mst_seed2")]
@@ -61,7 +63,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(4)]
     done = []
 
-    def execute(run, work, results, train_net):
+    def execute(run, work, results, train_net, threads):
+        assert threads is None or threads * 2 <= max(2, cpu_count())  # two at a time share
         done.append(run.seed)
         if run.seed == 2:
             raise RunFailed("seed 2 broke")

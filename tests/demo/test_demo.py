@@ -1,6 +1,5 @@
 """The demo, from its command line to the files that it writes, on a small random model."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -20,20 +19,14 @@ from pycocotools.coco import COCO
 
 from panet_d2 import add_panet_config
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "demo.py"
+from ..common import load_script
+
 DATASET = "demo_test_data"
 CATEGORY_IDS = [7, 9]
 HEIGHT, WIDTH = 48, 64
 
 
-def _load_demo():
-    spec = importlib.util.spec_from_file_location("panet_d2_demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _load_demo()
+demo = load_script("demo/demo.py")
 
 
 def _picture(seed):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +7,9 @@ import pytest
 from panet_d2.ablation.report import load_results, table
 
 from ..ablation.test_report import write_run
+from ..common import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("ablation_tool", ROOT / "tools/ablation.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_script("tools/ablation.py")
 
 
 def test_report_fills_its_place_in_the_document(tmp_path):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -6,13 +5,9 @@ import pytest
 
 from panet_d2.benchmark.report import MODELS, markdown
 
-from ..common import tiny_cfg
+from ..common import load_script, tiny_cfg
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools/benchmark.py"
-spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_script("tools/benchmark.py")
 
 
 def test_end_to_end(tmp_path, capsys):

@@ -1,16 +1,11 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from ..checkpoint.test_mask_rcnn import DONOR
-from ..common import tiny_cfg, write_coco
+from ..common import load_script, tiny_cfg, write_coco
 
-TOOL = Path(__file__).resolve().parents[2] / "tools/compare_warm_start.py"
-spec = importlib.util.spec_from_file_location("compare_warm_start", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_script("tools/compare_warm_start.py")
 
 
 def test_curve(tmp_path):

@@ -1,17 +1,11 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.modeling import build_model
 
 from ..checkpoint.test_mask_rcnn import DONOR, state
-from ..common import tiny_cfg, write_coco
+from ..common import load_script, tiny_cfg, write_coco
 
-TOOL = Path(__file__).resolve().parents[2] / "tools/convert_weights.py"
-spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_script("tools/convert_weights.py")
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -7,12 +6,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from ..common import tiny_cfg, write_coco
+from ..common import load_script, tiny_cfg, write_coco
 
-TOOL = Path(__file__).resolve().parents[2] / "tools/visualize.py"
-spec = importlib.util.spec_from_file_location("visualize", TOOL)
-visualize = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(visualize)
+visualize = load_script("tools/visualize.py")
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from panet_d2.data import DataError
+from panet_d2.data.datasets.dsb2018 import prepare_dsb2018
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Thirty images of the competition's layout, of several sizes, with an empty mask each."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "stage1_train"
+    truth = {}
+    for i in range(30):
+        name, size = f"{i:064x}", (20 + i, 30)
+        for kind in ("images", "masks"):
+            (folder / name / kind).mkdir(parents=True)
+        rgba = rng.integers(0, 256, (*size, 4), dtype=np.uint8)
+        rgba[..., 3] = 255
+        Image.fromarray(rgba).save(folder / name / "images" / f"{name}.png")
+        masks = []
+        for j in range(3):
+            mask = np.zeros(size, bool)
+            mask[j * 5 : j * 5 + 4, i % 7 : i % 7 + 3 + j] = True
+            masks.append(mask)
+        for j, mask in enumerate([*masks, np.zeros(size, bool)]):
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / name / f"masks/{j}.png")
+        truth[f"{name}.png"] = (rgba[..., :3], masks)
+    return folder, truth
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_every_pixel_arrives(source, tmp_path, zipped):
+    folder, truth = source
+    if zipped:
+        folder = shutil.make_archive(str(tmp_path / "stage1_train"), "zip", folder)
+    counts = prepare_dsb2018(str(folder), str(tmp_path / "datasets"))
+    assert counts["train"][0] + counts["val"][0] == 30 and counts["val"][0] >= 1
+    seen = set()
+    for split, (images, nuclei) in counts.items():
+        base = tmp_path / "datasets/dsb2018"
+        content = json.loads((base / f"annotations/instances_{split}.json").read_text())
+        assert (len(content["images"]), len(content["annotations"])) == (images, nuclei)
+        assert nuclei == 3 * images  # the empty masks are left out
+        for image in content["images"]:
+            pixels, masks = truth[image["file_name"]]
+            seen.add(image["file_name"])
+            assert np.array_equal(Image.open(base / split / image["file_name"]), pixels)
+            assert (image["height"], image["width"]) == pixels.shape[:2]
+            ours = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+            for annotation, mask in zip(ours, masks):
+                assert np.array_equal(mask_util.decode(annotation["segmentation"]), mask)
+                ys, xs = np.nonzero(mask)
+                box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+                assert annotation["bbox"] == box and annotation["area"] == mask.sum()
+    assert seen == truth.keys()
+
+
+def test_the_split_depends_on_names_alone(source, tmp_path):
+    folder, _ = source
+    prepare_dsb2018(str(folder), str(tmp_path / "a"))
+    shutil.rmtree(folder / f"{3:064x}")
+    prepare_dsb2018(str(folder), str(tmp_path / "b"))
+    for split in ("train", "val"):
+        first, second = (set(os.listdir(tmp_path / x / "dsb2018" / split)) for x in "ab")
+        assert first - second <= {f"{3:064x}.png"} and second <= first
+
+
+def test_what_is_there_is_left_alone(source, tmp_path):
+    folder, _ = source
+    (tmp_path / "dsb2018").mkdir()
+    with pytest.raises(FileExistsError, match="dsb2018 is there already"):
+        prepare_dsb2018(str(folder), str(tmp_path))
+
+
+def _no_masks(folder, image):
+    shutil.rmtree(folder / image / "masks")
+
+
+def _two_pictures(folder, image):
+    shutil.copy(folder / image / f"images/{image}.png", folder / image / "images/b.png")
+
+
+def _broken_picture(folder, image):
+    (folder / image / f"images/{image}.png").write_bytes(b"")
+
+
+def _broken_mask(folder, image):
+    (folder / image / "masks/1.png").write_bytes(b"PNG")
+
+
+def _mask_of_another_size(folder, image):
+    Image.new("L", (5, 5)).save(folder / image / "masks/1.png")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_no_masks, "has no masks"),
+        (_two_pictures, "has 2 pictures"),
+        (_broken_picture, "cannot read .*images"),
+        (_broken_mask, "cannot read .*masks/1.png"),
+        (_mask_of_another_size, "masks/1.png is 5x5, not 30x27"),
+    ],
+)
+def test_what_is_wrong_is_named(source, tmp_path, spoil, message):
+    folder, _ = source
+    spoil(folder, f"{7:064x}")
+    with pytest.raises(DataError, match=message) as e:
+        prepare_dsb2018(str(folder), str(tmp_path / "datasets"))
+    assert f"{7:064x}" in str(e.value)
+    assert not list(tmp_path.glob("datasets/*"))
+
+
+@pytest.mark.parametrize("content", [None, b"no zip"])
+def test_no_source(tmp_path, content):
+    path = tmp_path / "stage1_train.zip"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="neither a folder nor a zip file"):
+        prepare_dsb2018(str(path), str(tmp_path))
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no <image>"):
+        prepare_dsb2018(str(tmp_path / "empty"), str(tmp_path))
