@@ -1,8 +1,9 @@
-# make demo    set up, then train, evaluate and look at a small PANet on the embedded data set
-# make test    set up, then run the linter and the test suite
-# make setup   only set up: .venv with everything in it
-# make lint    only the linter
-# make clean   remove .venv and what the demo wrote
+# make demo      set up, then train, evaluate and look at a small PANet on the embedded data set
+# make test      set up, then run the linter and the test suite
+# make test-all  the same, with the tests that take minutes each: faults, fuzzing, load, export
+# make setup     only set up: .venv with everything in it
+# make lint      only the linter
+# make clean     remove .venv and what the demo wrote
 #
 # PYTHON=python3.11       the Python that .venv is made with
 # VENV=/path/to/env       use this virtual environment instead of .venv
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test setup lint clean FORCE
+.PHONY: demo test test-all setup lint clean FORCE
 
 setup: $(STAMP)
 
@@ -55,6 +56,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m 'slow or not slow' --durations 20
 
 # glibc gives large blocks back to the system at once, and every training step asks for them again;
 # keeping them makes a step on the CPU a sixth faster.

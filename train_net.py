@@ -7,14 +7,21 @@ from typing import Any, Dict
 
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils.logger import setup_logger
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
 from panet_d2.data import DataError
-from panet_d2.engine import Trainer, latest_checkpoint, load_for_inference, setup_config
+from panet_d2.engine import (
+    Trainer,
+    TrainingDiverged,
+    latest_checkpoint,
+    launch,
+    load_for_inference,
+    setup_config,
+)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -58,15 +65,8 @@ def main(args: argparse.Namespace) -> Dict[str, Any]:
 def invoke_main() -> None:
     args = default_argument_parser().parse_args()
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except (ConfigError, CheckpointError, DataError) as e:
+        launch(main, args)
+    except (ConfigError, CheckpointError, DataError, TrainingDiverged) as e:
         sys.exit(f"error: {e}")
 
 

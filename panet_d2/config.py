@@ -91,6 +91,9 @@ def add_panet_config(cfg: CN) -> None:
     # follow from the file, and so does the number of classes of the heads where
     # MODEL.ROI_HEADS.NUM_CLASSES (or MODEL.RETINANET.NUM_CLASSES) is 0.
     _C.DATASETS.REGISTER_COCO = ()
+    # Read every image of those that are trained and evaluated on once before training starts, so
+    # that a broken one is named then and not hours later.
+    _C.DATASETS.CHECK_IMAGES = True
 
     # ---------------------------------------------------------------------------------------- #
     # Solver
@@ -107,7 +110,7 @@ def checked(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
     Args:
         cfg (CfgNode): the whole config.
         key (str): the key's full name, e.g. ``MODEL.ROI_BOX_HEAD.AFP.FUSION``.
-        accepts: every value that the key may have.
+        accepts: every value that the key may have, in the key's type.
 
     Returns:
         the value.
@@ -118,7 +121,8 @@ def checked(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
     value = cfg
     for part in key.split("."):
         value = getattr(value, part)
-    if value not in accepts:
+    # By type too: 1 is equal to True, and yacs lets None stand in for a value of any type.
+    if not any(type(value) is type(a) and value == a for a in accepts):
         raise ConfigError(
             f"{key} is {value!r}; it must be one of {', '.join(repr(a) for a in accepts)}."
         )

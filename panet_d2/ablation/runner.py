@@ -16,6 +16,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
+from ..checkpoint import atomic_open
 from ..evaluation import evaluations, losses, read_history
 
 __all__ = ["Run", "RunFailed", "execute", "result_of", "run_all"]
@@ -82,11 +83,9 @@ def execute(
         raise RunFailed(f"{run.name} ended with {done.returncode}; see {log}.")
     content = result_of(run, output)
     content["wall_seconds"] = time.time() - started
-    path = result_file(results, run)
-    with open(path + ".part", "w") as f:  # whole, or not at all
+    with atomic_open(result_file(results, run)) as f:
         json.dump(content, f, indent=1)
         f.write("\n")
-    os.replace(path + ".part", path)
 
 
 def result_of(run: Run, output: str) -> Dict:

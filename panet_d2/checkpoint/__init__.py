@@ -1,3 +1,4 @@
-from .strict_checkpoint import CheckpointError, StrictCheckpointer
+from .atomic import atomic_open
+from .strict_checkpoint import CheckpointError, RunCheckpointer, StrictCheckpointer
 
-__all__ = ["CheckpointError", "StrictCheckpointer"]
+__all__ = ["CheckpointError", "RunCheckpointer", "StrictCheckpointer", "atomic_open"]

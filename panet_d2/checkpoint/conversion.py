@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -12,6 +10,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from tabulate import tabulate
 
+from .atomic import atomic_open
 from .strict_checkpoint import CheckpointError, listed
 
 __all__ = ["Conversion", "Row", "Rule", "apply_rules", "save_whole"]
@@ -214,13 +213,5 @@ def save_whole(state: Tensors, path: str, author: str) -> None:
         raise CheckpointError(f"the output is {path!r}; it must end in .pth.")
     # Views would drag the whole tensor that they are cut from into the file.
     state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            torch.save({"model": state, "__author__": author}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    with atomic_open(path, "wb") as f:
+        torch.save({"model": state, "__author__": author}, f)

@@ -1,4 +1,4 @@
-"""A checkpointer that does not load half a model."""
+"""Checkpointers that neither load half a model nor save one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from urllib.parse import urlparse
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-__all__ = ["CheckpointError", "StrictCheckpointer", "listed"]
+from .atomic import AtomicPathManager
+
+__all__ = ["CheckpointError", "RunCheckpointer", "StrictCheckpointer", "listed"]
 
 _NAMES_SHOWN = 20
 
@@ -99,6 +101,39 @@ class StrictCheckpointer(DetectionCheckpointer):
         if self.required is None:
             return True
         return title != "in it but not in the model" and name.startswith(tuple(self.required))
+
+
+class RunCheckpointer(DetectionCheckpointer):
+    """
+    A :class:`DetectionCheckpointer` whose files are there as a whole or not at all, whenever the
+    process that saves them is killed or the disk is full.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
+        """
+        Args:
+            model, save_dir, kwargs: see :class:`DetectionCheckpointer`.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.path_manager = AtomicPathManager(self.path_manager)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """
+        Args:
+            name, kwargs: see :class:`DetectionCheckpointer`.
+
+        Raises:
+            CheckpointError: if it cannot be written. The checkpoint before is intact, and the one
+                that ``--resume`` goes on with.
+        """
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as e:  # torch's writer raises the latter on a full disk
+            cause = e.__context__ if isinstance(e.__context__, OSError) else e
+            raise CheckpointError(
+                f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}. What was saved "
+                "before is intact; --resume continues from there."
+            ) from e
 
 
 def listed(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:

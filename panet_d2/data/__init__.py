@@ -1,12 +1,25 @@
 from .build import build_training_sample_loader, spread_evenly
+from .check import (
+    DataError,
+    Problem,
+    check_annotations,
+    check_coco,
+    check_images,
+    check_training_images,
+)
 from .dataset_mapper import NamedImageMapper
 from .datasets import register_shapes
-from .register import DataError, register_coco_file, setup_datasets
+from .register import register_coco_file, setup_datasets
 
 __all__ = [
     "DataError",
     "NamedImageMapper",
+    "Problem",
     "build_training_sample_loader",
+    "check_annotations",
+    "check_coco",
+    "check_images",
+    "check_training_images",
     "register_coco_file",
     "register_shapes",
     "setup_datasets",

@@ -1,10 +1,14 @@
-"""A dataset mapper that says which image it could not read."""
+"""A dataset mapper that says which image it could not use."""
 
 from __future__ import annotations
 
-from detectron2.data import DatasetMapper
+from typing import Tuple
 
-from .register import DataError
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.data.transforms import TransformList
+
+from .check import DataError
 
 __all__ = ["NamedImageMapper"]
 
@@ -21,11 +25,22 @@ class NamedImageMapper(DatasetMapper):
             dict: what Detectron2's models accept.
 
         Raises:
-            DataError: if the image cannot be read.
+            DataError: if the image or its annotations cannot be used.
         """
         try:
             return super().__call__(dataset_dict)
-        # PIL raises OSError for what it cannot identify, SyntaxError for some broken PNGs, and
-        # Detectron2 a ValueError for a size that is not the annotated one.
-        except (OSError, SyntaxError, ValueError) as e:
-            raise DataError(f"cannot use image {dataset_dict['file_name']}: {e}") from e
+        # Pillow raises almost anything for broken files, and so does Detectron2 for annotations.
+        except Exception as e:
+            raise DataError(
+                f"cannot use image {dataset_dict['file_name']}: {type(e).__name__}: {e}"
+            ) from e
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
+    ) -> None:
+        # The parent takes boxes from cropped masks, and without objects there are none to take.
+        if self.recompute_boxes and all(a.get("iscrowd", 0) for a in dataset_dict["annotations"]):
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = annotations_to_instances([], image_shape)
+        else:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Dict, Iterable, List, Sequence, Tuple
 
@@ -12,8 +11,9 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
+from .check import DataError, check_annotations, read_coco, refuse_errors
 
-__all__ = ["DataError", "register_coco_file", "setup_datasets"]
+__all__ = ["DataError", "coco_entries", "find_coco_files", "register_coco_file", "setup_datasets"]
 
 # Where the number of classes stands, by meta-architecture.
 _NUM_CLASSES_KEYS = {
@@ -21,10 +21,6 @@ _NUM_CLASSES_KEYS = {
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
 }
-
-
-class DataError(ValueError):
-    """A data set or an image that cannot be used. The message names the file."""
 
 
 def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
@@ -43,6 +39,44 @@ def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
     Raises:
         DataError: if a file or folder is missing, or the annotation file is not one.
     """
+    json_file, image_root = find_coco_files(name, json_file, image_root)
+    content = read_coco(json_file)
+    try:
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        classes = {c["id"]: c["name"] for c in categories}
+    except (KeyError, TypeError) as e:
+        raise DataError(
+            f"{json_file}: each of its categories must have an id and a name "
+            f"({type(e).__name__}: {e})."
+        ) from e
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(
+        name,
+        {
+            "thing_classes": list(classes.values()),
+            "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(classes)},
+            **_keypoint_metadata(categories),
+        },
+        json_file,
+        image_root,
+    )
+    return content
+
+
+def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, str]:
+    """
+    Args:
+        name (str): the data set's name, for the message.
+        json_file, image_root (str): as in ``DATASETS.REGISTER_COCO``.
+
+    Returns:
+        tuple[str, str]: their paths, relative ones from ``DETECTRON2_DATASETS`` on.
+
+    Raises:
+        DataError: if one of them is missing.
+    """
     base = os.getenv("DETECTRON2_DATASETS", "datasets")
     json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
     hint = f"Relative paths start at DETECTRON2_DATASETS, which is {base!r}."
@@ -50,33 +84,33 @@ def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
         raise DataError(f"data set {name!r}: there is no annotation file {json_file}. {hint}")
     if not PathManager.isdir(image_root):
         raise DataError(f"data set {name!r}: there is no image folder {image_root}. {hint}")
-    try:
-        with PathManager.open(json_file) as f:
-            content = json.load(f)
-        images, categories = content["images"], content["categories"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(
-            f"{json_file} is not a COCO annotation file ({type(e).__name__}: {e}); it needs "
-            "'images', 'categories' and, except for a test set, 'annotations'."
-        ) from e
-    if not images or not categories:
-        raise DataError(f"{json_file} has no {'images' if not images else 'categories'}.")
+    return json_file, image_root
 
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    categories = sorted(categories, key=lambda c: c["id"])
-    register_coco_instances(
-        name,
-        {
-            "thing_classes": [c["name"] for c in categories],
-            "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
-            **_keypoint_metadata(categories),
-        },
-        json_file,
-        image_root,
-    )
-    return content
+
+def coco_entries(cfg: CfgNode) -> List[Tuple[str, str, str]]:
+    """
+    Args:
+        cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`.
+
+    Returns:
+        list[tuple[str, str, str]]: ``DATASETS.REGISTER_COCO``.
+
+    Raises:
+        ConfigError: if an entry is not (name, annotation file, image folder).
+    """
+    entries = cfg.DATASETS.REGISTER_COCO
+    if not isinstance(entries, (list, tuple)):
+        raise ConfigError(
+            f"DATASETS.REGISTER_COCO is {entries!r}; it must be a list of (name, annotation file, "
+            "image folder)."
+        )
+    for entry in entries:
+        if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
+            raise ConfigError(
+                f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be (name, annotation "
+                "file, image folder)."
+            )
+    return [tuple(entry) for entry in entries]
 
 
 def _keypoint_metadata(categories: List[dict]) -> dict:
@@ -107,23 +141,19 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
 
     Raises:
         ConfigError: if ``DATASETS`` names an unknown data set, or the config does not go with it.
-        DataError: if a data set is missing or incomplete, or has nothing to learn from.
+        DataError: if a data set is missing or incomplete, has nothing to learn from, or
+            :func:`panet_d2.data.check_annotations` finds an error in it.
     """
     used: Dict[str, str] = {}
     for split in needed:
         for name in cfg.DATASETS[split]:
             used.setdefault(name, split)
     contents = {}
-    for entry in cfg.DATASETS.REGISTER_COCO:
-        if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
-            raise ConfigError(
-                f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be (name, annotation "
-                "file, image folder)."
-            )
+    for name, json_file, image_root in coco_entries(cfg):
         try:
-            contents[entry[0]] = register_coco_file(*entry)
+            contents[name] = register_coco_file(name, json_file, image_root)
         except DataError:
-            if entry[0] in used:
+            if name in used:
                 raise
     for name, split in used.items():
         if name not in DatasetCatalog:
@@ -132,6 +162,13 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
                 "listed in DATASETS.REGISTER_COCO."
             )
         if name in contents:
+            metadata = MetadataCatalog.get(name)
+            problems = check_annotations(
+                contents[name],
+                masks=None if cfg.MODEL.MASK_ON else False,
+                evaluated=name in cfg.DATASETS.TEST and "TEST" in needed,
+            )
+            refuse_errors(problems, metadata.json_file, metadata.image_root)
             _check_images(name, contents[name])
             if split == "TRAIN":
                 _check_annotations(cfg, name, contents[name])

@@ -1,15 +1,14 @@
-from .defaults import (
-    Predictor,
-    Trainer,
-    latest_checkpoint,
-    load_for_inference,
-    setup_config,
-)
+from .defaults import Predictor, latest_checkpoint, load_for_inference, read_config, setup_config
+from .launch import launch
+from .trainer import Trainer, TrainingDiverged
 
 __all__ = [
     "Predictor",
     "Trainer",
+    "TrainingDiverged",
     "latest_checkpoint",
+    "launch",
     "load_for_inference",
+    "read_config",
     "setup_config",
 ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 
 import cv2
 import numpy as np
 import torch
 
 from .history import evaluations, losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "draw_mask_paths",
@@ -20,7 +24,7 @@ __all__ = [
 ]
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """Matplotlib's pyplot, imported only where something is drawn, and without a window."""
     import matplotlib
 
@@ -30,7 +34,7 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: str) -> None:
+def save_figure(figure: Figure, path: str) -> None:
     """Write a figure as a PNG and let go of it."""
     figure.tight_layout()
     figure.savefig(path, dpi=120)

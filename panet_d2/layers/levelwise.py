@@ -57,10 +57,14 @@ class LevelwiseConv2d(nn.Conv2d):
         Returns:
             Tensor: shape (L, M, out_channels, h, w).
         """
-        x = super().forward(x.transpose(0, 1).flatten(1, 2))
+        # Not flatten and unflatten: exported to ONNX, the former fails where M is 0, and the latter
+        # has the M of the example.
+        x = x.transpose(0, 1)
+        x = super().forward(x.reshape(x.shape[0], self.in_channels, *x.shape[3:]))
         if self.norm is not None:
             x = self.norm(x)
-        return x.unflatten(1, (self.groups, self.out_channels // self.groups)).transpose(0, 1)
+        x = x.reshape(x.shape[0], self.groups, self.out_channels // self.groups, *x.shape[2:])
+        return x.transpose(0, 1)
 
 
 class LevelwiseLinear(nn.Module):
@@ -78,7 +82,7 @@ class LevelwiseLinear(nn.Module):
             norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
         """
         super().__init__()
-        self.levels = levels
+        self.in_features, self.out_features, self.levels = in_features, out_features, levels
         self.weight = nn.Parameter(torch.empty(levels * out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(levels * out_features))
         self.norm = _levelwise_norm(norm, out_features, levels)
@@ -97,13 +101,13 @@ class LevelwiseLinear(nn.Module):
         x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
         if self.norm is None:
             return x
-        # Detectron2's norms expect NCHW.
-        x = self.norm(x.transpose(0, 1).flatten(1)[:, :, None, None])[:, :, 0, 0]
-        return x.unflatten(1, (self.levels, -1)).transpose(0, 1)
+        # Detectron2's norms expect NCHW. No flatten and unflatten, see LevelwiseConv2d.
+        x = x.transpose(0, 1)
+        x = self.norm(x.reshape(x.shape[0], self.levels * self.out_features, 1, 1))[:, :, 0, 0]
+        return x.reshape(x.shape[0], self.levels, self.out_features).transpose(0, 1)
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features // self.levels}, levels={self.levels}"
+        return f"{self.in_features}, {self.out_features}, levels={self.levels}"
 
 
 class _NormOfEachLevel(nn.ModuleList):

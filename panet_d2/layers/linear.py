@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Callable, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 __all__ = ["Linear"]
@@ -46,7 +47,8 @@ class Linear(nn.Linear):
         Returns:
             Tensor: shape (M, out_features).
         """
-        x = super().forward(x)
+        # Not super().forward, which TorchScript cannot compile.
+        x = F.linear(x, self.weight, self.bias)
         if self.norm is not None:
             # Detectron2's norms expect NCHW.
             x = self.norm(x[:, :, None, None])[:, :, 0, 0]

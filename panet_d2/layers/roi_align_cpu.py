@@ -100,7 +100,8 @@ def _axis_samples(
     position = torch.where(counts, position, 0.0).clamp(min=0.0, max=extent - 1)
     low = position.floor()
     fraction = position - low
-    weight = torch.stack([1.0 - fraction, fraction], dim=-1) * (counts[..., None] / ratio)
+    # In this order: the quotient of a bool and an int would be rounded to single precision.
+    weight = torch.stack([1.0 - fraction, fraction], dim=-1) * counts[..., None] / ratio
     high = (low + 1).clamp(max=extent - 1)
     neighbours = torch.stack([low, high], dim=-1).to(torch.int64)
     return neighbours.flatten(start_dim=2), weight.to(start.dtype).flatten(start_dim=2)

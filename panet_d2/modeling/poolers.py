@@ -197,7 +197,8 @@ class AdaptiveROIPooler(ROIPooler):
             an "fc".
         """
         if self.adaptation == "fc":
-            pooled = pooled.flatten(start_dim=2)
+            # Not flatten, which fails without proposals when it is exported to ONNX.
+            pooled = pooled.reshape(*pooled.shape[:2], self.adaptation_layers.in_features)
         return self.adaptation_layers(pooled)
 
     def fuse(self, levels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,13 @@
-import pytest
-from detectron2.data import DatasetCatalog
+import copy
 
-from panet_d2.data import DataError, NamedImageMapper, register_coco_file
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from panet_d2.data import DataError, NamedImageMapper, check_images, register_coco_file
 
 from ..common import tiny_cfg, write_coco
 
@@ -40,3 +46,154 @@ def test_other_size_is_named(record):
     record["width"] = 97
     with pytest.raises(DataError, match="001.png"):
         NamedImageMapper(tiny_cfg(), True)(record)
+
+
+@pytest.mark.parametrize("size", [[64, 95], [128, 96]])
+def test_mask_of_another_size_is_named(record, size):
+    counts = record["annotations"][0]["segmentation"]["counts"]
+    record["annotations"][0]["segmentation"] = {"size": size, "counts": counts}
+    with pytest.raises(DataError, match="001.png"):
+        NamedImageMapper(tiny_cfg(), True)(record)
+
+
+@pytest.fixture
+def mapped(record):
+    """What training gets of the image, without random augmentation."""
+    mapper = NamedImageMapper(tiny_cfg("INPUT.RANDOM_FLIP", "none"), True)
+    return lambda: mapper(record)
+
+
+def pixels(mapped):
+    """As (height, width, RGB)."""
+    return mapped["image"].flip(0).permute(1, 2, 0).numpy()
+
+
+def coloured(record):
+    """Another picture in place of the grey one, bright where the objects are."""
+    picture = np.array(Image.open(record["file_name"]))
+    slope = np.linspace(0, 55, 96).astype(np.uint8)
+    picture[..., 0] += slope
+    picture[..., 2] += slope[::-1]
+    return Image.fromarray(picture)
+
+
+def is_readable(record):
+    """By what is checked before training."""
+    return check_images([record], "") == []
+
+
+LOSSLESS = {
+    "grey": ("PNG", lambda x: x.convert("L")),
+    "grey with alpha": ("PNG", lambda x: x.convert("LA")),
+    "black and white": ("PNG", lambda x: x.convert("1")),
+    "palette": ("PNG", lambda x: x.quantize(16)),
+    "palette in GIF": ("GIF", lambda x: x.quantize(16)),
+    "alpha": ("PNG", lambda x: x.convert("RGBA")),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_other_kinds_of_images_train_as_rgb(record, mapped, kind):
+    format, convert = LOSSLESS[kind]
+    image = convert(coloured(record))
+    image.save(record["file_name"], format)
+    assert is_readable(record)
+    assert np.array_equal(pixels(mapped()), np.array(image.convert("RGB")))
+
+
+def test_alpha_is_left_out(record, mapped):
+    """Also where it is transparent: the colours are those of the file."""
+    image = coloured(record)
+    transparent = image.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(image.size))
+    transparent.save(record["file_name"])
+    assert is_readable(record)
+    assert np.array_equal(pixels(mapped()), np.array(image))
+
+
+@pytest.mark.parametrize("format", ["TIFF", "JPEG"])
+def test_cmyk_is_close_to_rgb(record, mapped, format):
+    image = coloured(record)
+    image.convert("CMYK").save(record["file_name"], format, quality=95)
+    assert Image.open(record["file_name"]).mode == "CMYK"
+    assert is_readable(record)
+    error = np.abs(pixels(mapped()).astype(int) - np.array(image))
+    assert error.mean() < (1 if format == "TIFF" else 8)  # the picture is mostly noise
+
+
+def test_colours_of_16_bits_train_as_8(record, mapped):
+    """Unlike grey ones of 16 bits, which are refused: Pillow takes the upper half of these."""
+    image = np.array(coloured(record))
+    cv2.imwrite(record["file_name"], image[..., ::-1].astype(np.uint16) * 257)
+    assert is_readable(record)
+    assert np.array_equal(pixels(mapped()), image)
+
+
+UNDO_EXIF = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x),
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", UNDO_EXIF)
+def test_exif_turns_images_to_where_the_boxes_are(record, mapped, orientation):
+    """The annotations are those of the picture as it is seen."""
+    seen = np.array(coloured(record))
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(UNDO_EXIF[orientation](seen)))
+    stored.save(record["file_name"], exif=exif)
+    assert is_readable(record)
+    x = mapped()
+    assert np.array_equal(pixels(x), seen)
+    for (x0, y0, x1, y1), mask in zip(
+        x["instances"].gt_boxes.tensor.int().tolist(), x["instances"].gt_masks
+    ):
+        assert (pixels(x)[y0:y1, x0:x1, 1] == 200).all() and (pixels(x)[mask][:, 1] == 200).all()
+
+
+def add(record, **changes):
+    """An annotation more, which is a copy of the first with changes."""
+    record["annotations"].append({**copy.deepcopy(record["annotations"][0]), **changes})
+
+
+@pytest.mark.parametrize("bbox", [[9, 9, 0, 9], [9, 9, 9, 0], [96, 0, 9, 9], [-9, 9, 9, 9]])
+def test_objects_without_a_visible_box_are_left_out(record, mapped, bbox):
+    expected = mapped()["instances"]
+    add(record, bbox=bbox)
+    found = mapped()["instances"]
+    assert torch.equal(found.gt_boxes.tensor, expected.gt_boxes.tensor)
+    assert torch.equal(found.gt_masks.tensor, expected.gt_masks.tensor)
+
+
+def test_what_is_outside_the_image_is_cut(record, mapped):
+    add(record, bbox=[80, -10, 30, 30], segmentation=[[80, -10, 110, -10, 110, 20, 80, 20]])
+    found = mapped()["instances"]
+    assert found.gt_boxes.tensor[2].tolist() == [80, 0, 96, 20]
+    expected = torch.zeros(64, 96, dtype=torch.bool)
+    expected[:20, 80:] = True
+    assert torch.equal(found.gt_masks.tensor[2], expected)
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+@pytest.mark.parametrize("crop", [False, True])
+def test_image_without_objects(record, crop, crowd):
+    """After a crop the boxes are those of the masks, and here there are none."""
+    record["annotations"] = [{**a, "iscrowd": 1} for a in record["annotations"]] if crowd else []
+    cfg = tiny_cfg("INPUT.CROP.ENABLED", crop)
+    instances = NamedImageMapper(cfg, True)(record)["instances"]
+    assert len(instances) == 0 and instances.gt_boxes.tensor.shape == (0, 4)
+    assert instances.gt_classes.dtype == torch.int64
+
+
+def test_boxes_of_crops_are_those_of_the_masks(record):
+    torch.manual_seed(0)
+    x = NamedImageMapper(tiny_cfg("INPUT.CROP.ENABLED", True), True)(record)
+    boxes = x["instances"].gt_masks.get_bounding_boxes().tensor
+    assert len(boxes) and torch.equal(x["instances"].gt_boxes.tensor, boxes)

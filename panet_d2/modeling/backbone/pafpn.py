@@ -151,8 +151,8 @@ class PAFPN(FPN):
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
             "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
             "bottom_up_input": checked(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
-            "bias_before_norm": cfg.MODEL.PAFPN.BIAS_BEFORE_NORM,
-            "channels_last": cfg.MODEL.PAFPN.CHANNELS_LAST,
+            "bias_before_norm": checked(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
+            "channels_last": checked(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False)),
         }
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import Any, List
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -12,7 +12,7 @@ from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
-from ...config import ConfigError
+from ...config import ConfigError, checked
 
 __all__ = ["FCFusionBranch", "PANetMaskHead"]
 
@@ -65,7 +65,6 @@ class FCFusionBranch(nn.Module):
             Tensor: mask logits of shape (M, 1, 2R, 2R).
         """
         x = self.conv2(self.conv1(x)).flatten(start_dim=1)
-        # Not -1 for M: it would be ambiguous where there are no proposals.
         return self.relu(self.fc(x)).reshape(x.shape[0], 1, self.mask_size[0], self.mask_size[1])
 
 
@@ -89,7 +88,7 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
         conv_norm: str = "",
         fc_fusion: bool = True,
         fc_relu: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         """
         Args:
@@ -137,9 +136,9 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
         """
         node = cfg.MODEL.ROI_MASK_HEAD
         ret = super().from_config(cfg, input_shape)
-        ret["fc_fusion"] = node.FC_FUSION.ENABLED
-        ret["fc_relu"] = node.FC_FUSION.RELU
-        if not node.FC_FUSION.ENABLED:
+        ret["fc_fusion"] = checked(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", (True, False))
+        ret["fc_relu"] = checked(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", (True, False))
+        if not ret["fc_fusion"]:
             return ret
         if not isinstance(input_shape, ShapeSpec):
             raise ConfigError(
@@ -151,10 +150,16 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
                 f"MODEL.ROI_MASK_HEAD.NUM_CONV is {node.NUM_CONV}; with FC_FUSION it must be at "
                 "least 1, because the fully-connected path leaves before the last conv."
             )
-        if node.NORM == "GN" and node.CONV_DIM % 64:
+        if node.NORM == "GN" and node.NUM_CONV > 1 and node.CONV_DIM % 64:
             raise ConfigError(
                 f"MODEL.ROI_MASK_HEAD.CONV_DIM is {node.CONV_DIM}; with NORM: GN and FC_FUSION it "
                 "must be a multiple of 64, because half of the channels make 32 groups."
+            )
+        if node.NORM == "GN" and node.NUM_CONV == 1 and input_shape.channels % 64:
+            raise ConfigError(
+                "MODEL.ROI_MASK_HEAD.NUM_CONV is 1, so that the fully-connected path reads what is "
+                f"pooled, of {input_shape.channels} channels; with NORM: GN they must be a "
+                "multiple of 64, because half of them make 32 groups."
             )
         return ret
 

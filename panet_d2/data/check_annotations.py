@@ -1,0 +1,270 @@
+"""What is wrong in an annotation file in COCO format, without looking at its images."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+from detectron2.structures.masks import polygon_area, polygons_to_bitmask
+from pycocotools import mask as mask_util
+
+__all__ = ["Problem", "check_annotations"]
+
+# Beyond this many objects in one image a limit of somebody's is likely to be reached.
+_MANY = 1000
+# pycocotools walks along an outline in fifths of a pixel, and keeps them all in memory.
+_LARGEST_COORDINATE = 1e6
+# Annotations are often a rounding error larger than the image.
+_TOLERANCE = 1.0
+# What rounding makes of the area of points in one line.
+_SMALLEST_AREA = 1e-6
+# Text that pycocotools takes for numbers: 32 digits that go on, and 32 that end one. It reads past
+# the end of a text whose last number goes on.
+_COMPRESSED_RLE = re.compile("[0-o]*[0-O]")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One thing that is wrong.
+
+    Attributes:
+        where (str): the annotation, the image or the file.
+        what (str): the kind of problem; the same words for the same kind.
+        detail (str): the values that are wrong, or what can be done.
+        severity (str): "error" if training would stop, or learn something wrong; "warning" if it
+            works, without what is named here.
+    """
+
+    where: str
+    what: str
+    detail: str = ""
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f" ({self.detail})" if self.detail else "")
+
+
+_warning = partial(Problem, severity="warning")
+
+
+def check_annotations(
+    content: dict, masks: Optional[bool] = None, evaluated: bool = True
+) -> List[Problem]:
+    """
+    Check what an annotation file says, without looking at any image.
+
+    Args:
+        content (dict): of the file, see :func:`read_coco`.
+        masks (bool): whether each object must have a mask; by default, if any object has one.
+        evaluated (bool): whether models will be evaluated on it, for which an annotation needs
+            more than for training.
+
+    Returns:
+        list[Problem]: in the order of the file: categories, images, annotations.
+    """
+    annotations = content.get("annotations", [])
+    category_ids, problems = _ids("category", content["categories"])
+    for category in content["categories"]:
+        if isinstance(category, dict) and not isinstance(category.get("name"), str):
+            problems.append(Problem(_name("category", category), "has no name"))
+
+    image_ids, found = _ids("image", content["images"])
+    problems += found
+    sizes: Dict[Any, Optional[Tuple[int, int]]] = dict.fromkeys(image_ids)
+    files: Counter = Counter()
+    counts = Counter(
+        a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
+    )
+    for image in content["images"]:
+        if not isinstance(image, dict):
+            continue
+        where = _name("image", image)
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            problems.append(Problem(where, "has no file name"))
+        else:
+            files[image["file_name"]] += 1
+            if files[image["file_name"]] == 2:
+                problems.append(_warning(where, "file is listed more than once"))
+        size = image.get("height"), image.get("width")
+        if not all(type(side) is int and side > 0 for side in size):
+            problems.append(Problem(where, "has no size", f"height and width are {size}"))
+        elif _is_id(image.get("id")):
+            sizes[image["id"]] = size
+        count = counts[image["id"]] if _is_id(image.get("id")) else 0
+        if annotations and not count:
+            problems.append(_warning(where, "has no annotations"))
+        elif count > _MANY:
+            problems.append(_warning(where, f"has more than {_MANY} annotations", str(count)))
+
+    _, found = _ids("annotation", annotations)
+    problems += found
+    if masks is None:
+        masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+    for annotation in annotations:
+        if isinstance(annotation, dict):
+            problems += _annotation_problems(annotation, sizes, category_ids, masks, evaluated)
+    return problems
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _name(kind: str, record: dict) -> str:
+    name = f"{kind} {record.get('id', '?')}"
+    if kind == "image" and record.get("file_name"):
+        name += f" ({record['file_name']})"
+    elif kind == "annotation":
+        name += f" (image {record.get('image_id', '?')})"
+    return name
+
+
+def _ids(kind: str, records: list) -> Tuple[set, List[Problem]]:
+    """The ids of one of the file's lists."""
+    seen, problems = set(), []
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            problems.append(Problem(f"{kind} at index {index}", "is not a record"))
+        elif not _is_id(record.get("id")):
+            problems.append(Problem(f"{kind} at index {index}", "has no id"))
+        elif record["id"] in seen:
+            problems.append(Problem(_name(kind, record), f"{kind} id occurs more than once"))
+        else:
+            seen.add(record["id"])
+    return seen, problems
+
+
+def _annotation_problems(
+    annotation: dict, sizes: dict, category_ids: set, masks: bool, evaluated: bool
+) -> Iterator[Problem]:
+    where = _name("annotation", annotation)
+    if evaluated and not _is_number(annotation.get("area")):
+        yield Problem(where, "has no area", "COCO's evaluation needs it")
+    if evaluated and "iscrowd" not in annotation:
+        yield Problem(where, "has no iscrowd", "COCO's evaluation needs it")
+    if annotation.get("id") == 0:
+        severity = "error" if evaluated else "warning"
+        yield Problem(where, "annotation id is 0", "COCO's evaluation takes it for none", severity)
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        yield Problem(where, "'iscrowd' is neither 0 nor 1", str(annotation["iscrowd"]))
+    if annotation.get("ignore", 0) != 0:
+        yield Problem(where, "'ignore' is set", "Detectron2 does not support it; use 'iscrowd'")
+    category = annotation.get("category_id")
+    if not _is_id(category) or category not in category_ids:
+        yield Problem(where, "unknown category", str(category))
+    image = annotation.get("image_id")
+    if not _is_id(image) or image not in sizes:
+        yield Problem(where, "unknown image", str(image))
+        return
+    box, size = annotation.get("bbox"), sizes[image]
+    visible = True  # whether the box says that there is something to see
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_coordinate, box))):
+        yield Problem(where, "box is not four numbers", str(box))
+    elif min(box[2:]) < 0:
+        yield Problem(where, "box of negative size", str(box))
+    elif min(box[2:]) == 0:
+        visible = False
+        yield _warning(where, "box of no area", f"{box}; left out")
+    elif size:
+        low, high = np.array(box[:2]), np.add(box[:2], box[2:])
+        place = _outside(low, high, size)
+        visible = place != "outside"
+        if place:
+            effect = "clipped" if visible else "left out"
+            yield _warning(where, f"box is {place} the image", f"{box}; {effect}")
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        if masks and not annotation.get("iscrowd", 0):
+            yield Problem(where, "has no mask", "others have one")
+    elif isinstance(segmentation, dict):
+        if size:
+            yield from _rle_problems(where, segmentation, size, visible)
+    elif isinstance(segmentation, list):
+        yield from _polygon_problems(where, segmentation, size, visible)
+    else:
+        yield Problem(where, "mask is neither polygons nor RLE")
+
+
+def _is_number(value: Any, limit: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < limit  # NaN is not
+
+
+def _is_coordinate(value: Any) -> bool:
+    return _is_number(value, _LARGEST_COORDINATE)
+
+
+def _outside(low: np.ndarray, high: np.ndarray, size: Tuple[int, int]) -> str:
+    """Where the region between two corners (x, y) lies: "" is inside the image."""
+    shape = np.array(size[::-1])
+    if (low >= shape).any() or (high <= 0).any():
+        return "outside"
+    if (low < -_TOLERANCE).any() or (high > shape + _TOLERANCE).any():
+        return "partly outside"
+    return ""
+
+
+def _rle_problems(where: str, rle: dict, size: Tuple[int, int], visible: bool) -> Iterator[Problem]:
+    if rle.get("size") != list(size):
+        yield Problem(where, "RLE of another size than the image", f"{rle.get('size')}, {size}")
+        return
+    counts, pixels = rle.get("counts"), size[0] * size[1]
+    if isinstance(counts, list):
+        complete = all(type(c) is int and c >= 0 for c in counts) and sum(counts) == pixels
+        area = sum(counts[1::2]) if complete else 0
+    else:
+        well_formed = isinstance(counts, str) and _COMPRESSED_RLE.fullmatch(counts)
+        complete = well_formed and _run_total(counts) == pixels
+        area = mask_util.area(rle) if complete else 0
+    if not complete:
+        yield Problem(where, "malformed RLE", f"its runs are not the image's {pixels} pixels")
+    elif visible and area == 0:
+        yield Problem(where, "mask is empty", "though its box is not")
+
+
+def _run_total(counts: str) -> int:
+    """
+    How many pixels a compressed RLE has runs for. Where they are too few, pycocotools decodes what
+    happens to be in memory, and some of its functions never end.
+    """
+    # In an image one pixel high, the box ends where the object's last run does. So that this is
+    # the end of all runs, an object of one pixel or more is appended, unless they end with one.
+    rle, longer = ({"size": [1, 1], "counts": c} for c in (counts, counts + "1"))
+    x, _, width, _ = mask_util.toBbox(longer)
+    return int(x + width) - int(mask_util.area(longer)) + int(mask_util.area(rle))
+
+
+def _polygon_problems(
+    where: str, polygons: list, size: Optional[Tuple[int, int]], visible: bool
+) -> Iterator[Problem]:
+    arrays = []
+    if not all(isinstance(p, list) and all(map(_is_coordinate, p)) for p in polygons):
+        yield Problem(where, "polygon is not a list of numbers")
+        return
+    for polygon in polygons:
+        if len(polygon) % 2:
+            yield Problem(where, "polygon with an odd number of coordinates", str(len(polygon)))
+        elif len(polygon) < 6:
+            # Detectron2 leaves it out; that is no loss only if something else remains.
+            whole = not visible or any(len(p) >= 6 for p in polygons)
+            severity = "warning" if whole else "error"
+            yield Problem(where, "polygon of fewer than three points", severity=severity)
+        else:
+            arrays.append(np.array(polygon).reshape(-1, 2))
+    if not (arrays and size and visible):
+        return
+    points = np.concatenate(arrays)
+    place = _outside(points.min(axis=0), points.max(axis=0), size)
+    if place == "outside":
+        yield Problem(where, "mask is outside the image", "though its box is not")
+    elif place:
+        yield _warning(where, "mask is partly outside the image", "clipped")
+    # Drawing each takes long, and an outline that crosses itself can have an area of zero.
+    if sum(polygon_area(*a.T) for a in arrays) < _SMALLEST_AREA:
+        if not polygons_to_bitmask([a.ravel() for a in arrays], *size).any():
+            yield Problem(where, "mask is empty", "though its box is not")

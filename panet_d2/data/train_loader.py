@@ -1,0 +1,186 @@
+"""
+A training loader whose n-th batch follows from the seed alone: not from how often the run was
+killed and resumed before, nor from the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import detectron2.utils.comm as comm
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
+from torch.utils.data import Dataset, Sampler
+
+from ..config import ConfigError
+
+__all__ = ["StreamSampler", "build_train_loader", "seed_all", "seeded"]
+
+Token = Tuple[int, int]  # position in the stream of this process, index into the data set
+
+
+def seed_all(*entropy: int) -> None:
+    """
+    Seed the generators of Python, NumPy and torch on the CPU; and on CUDA, where it is in use.
+
+    Args:
+        entropy (int): any non-negative numbers; the state depends on each of them.
+    """
+    _seed_cpu(entropy, torch.manual_seed)
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """
+    Seed the generators of the CPU as :func:`seed_all` does, and put them back at the end of the
+    block. Those of CUDA, which a data loader does not use, are left alone.
+
+    Args:
+        entropy (int): see :func:`seed_all`.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _seed_cpu(entropy, torch.default_generator.manual_seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _seed_cpu(entropy: Sequence[int], seed_torch: Callable[[int], Any]) -> None:
+    # SeedSequence makes unrelated states of related numbers, as of one step and the next.
+    state = np.random.SeedSequence(entropy).generate_state(2)
+    random.seed(int(state[0]))
+    np.random.seed(state[0])
+    seed_torch(int(state[1]))
+
+
+class StreamSampler(Sampler):
+    """
+    Another sampler's infinite stream of indices, each with its position, from any batch on.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[int],
+        batch_size: int,
+        start: int = 0,
+        groups: Optional[Sequence[int]] = None,
+        num_workers: int = 0,
+    ):
+        """
+        Args:
+            sampler (iterable[int]): an infinite sampler of Detectron2, which starts over with each
+                iteration.
+            batch_size (int): images in a batch of this process.
+            start (int): batches to leave out.
+            groups (sequence[int] or None): for each index, which of two kinds of image it is, if
+                images of different kinds never share a batch (Detectron2's aspect ratio grouping).
+            num_workers (int): of the loader.
+        """
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.start = start
+        self.groups = groups
+        self.num_workers = num_workers
+
+    def __iter__(self) -> Iterator[Token]:
+        stream: Iterator[Token] = enumerate(iter(self.sampler))
+        if self.groups is None:
+            return islice(stream, self.start * self.batch_size, None)
+        stream = chain(self._left_over(stream), stream)
+        return self._dealt_out(stream) if self.num_workers > 1 else stream
+
+    def _left_over(self, stream: Iterator[Token]) -> List[Token]:
+        """Use up the batches to leave out; what no batch was complete for is still to come."""
+        buckets: Tuple[List[Token], List[Token]] = ([], [])
+        batches = 0
+        while batches < self.start:
+            token = next(stream)
+            bucket = buckets[self.groups[token[1]]]
+            bucket.append(token)
+            if len(bucket) == self.batch_size:
+                bucket.clear()
+                batches += 1
+        return sorted(chain(*buckets))
+
+    def _dealt_out(self, stream: Iterator[Token]) -> Iterator[Token]:
+        """
+        Detectron2 gives worker after worker ``batch_size`` images in a row, and where images are
+        grouped, the loader takes one image from each worker in turn. Put in this order, they come
+        out in that of the stream.
+        """
+        while True:
+            block = list(islice(stream, self.num_workers * self.batch_size))
+            for worker in range(self.num_workers):
+                yield from block[worker :: self.num_workers]
+
+
+class _MappedStream(Dataset):
+    """The images that tokens stand for, each augmented as its position in the stream says."""
+
+    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict], seed: int):
+        self.dataset = dataset
+        self.mapper = mapper
+        self.entropy = (seed, comm.get_rank())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, token: Token) -> dict:
+        position, index = token
+        with seeded(*self.entropy, position):
+            return self.mapper(self.dataset[index])
+
+
+def build_train_loader(
+    cfg: CfgNode, mapper: Callable[[dict], dict], start: int = 0
+) -> Iterable[List[dict]]:
+    """
+    Detectron2's loader of ``DATASETS.TRAIN``, except that with a ``SEED`` its batches are always
+    the same, order and augmentation alike, and that it can begin with any of them.
+
+    Args:
+        cfg (CfgNode): the config of the run. Where ``SEED`` is negative, this is Detectron2's
+            loader, and ``start`` is of no consequence.
+        mapper (callable): makes what the model accepts of an image in Detectron2's dataset format.
+        start (int): batches to leave out.
+
+    Returns:
+        iterable[list[dict]]: batches of this process.
+
+    Raises:
+        ConfigError: if the batch cannot be split among the processes.
+    """
+    processes = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
+            f"number of processes, which is {processes}."
+        )
+    if cfg.SEED < 0:
+        return build_detection_train_loader(cfg, mapper=mapper)
+    with seeded(cfg.SEED):  # the sampler draws its seed from NumPy's generator
+        args = _train_loader_from_config(cfg, mapper=mapper)
+    dicts, workers = args["dataset"], args["num_workers"]
+    grouped = args["aspect_ratio_grouping"]
+    batch_size = args["total_batch_size"] // processes
+    args["dataset"] = _MappedStream(
+        DatasetFromList(dicts, copy=False), args.pop("mapper"), cfg.SEED
+    )
+    args["sampler"] = StreamSampler(
+        args["sampler"],
+        batch_size,
+        start,
+        [int(d["width"] <= d["height"]) for d in dicts] if grouped else None,
+        workers,
+    )
+    # With a generator of its own, the loader draws no number from torch's when it is first used.
+    return build_detection_train_loader(**args, mapper=None, seed=cfg.SEED)

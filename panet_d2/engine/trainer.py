@@ -1,0 +1,243 @@
+"""Detectron2's trainer, made strict, and able to go on exactly where it was stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from math import isfinite
+from typing import Any, Iterable, Iterator, List, Mapping, Optional
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.env import TORCH_VERSION
+from torch import nn
+
+from ..checkpoint import RunCheckpointer, StrictCheckpointer
+from ..config import checked
+from ..data import NamedImageMapper
+from ..data.check import check_training_images
+from ..data.train_loader import build_train_loader, seed_all
+from ..evaluation import build_evaluator
+from .defaults import latest_checkpoint, load_for_inference
+from .hooks import StopOnSignal
+
+__all__ = ["Trainer", "TrainingDiverged"]
+
+logger = logging.getLogger("panet_d2")
+
+# What a checkpoint must bring to a training run: heads may be new, half a ResNet may not.
+_REQUIRED_TO_TRAIN = ("backbone.bottom_up.",)
+
+
+class TrainingDiverged(FloatingPointError):
+    """A loss is NaN or infinite. The message has the step, the losses and the images."""
+
+
+class _LastBatch:
+    """A loader that remembers the batch that it gave last."""
+
+    def __init__(self, loader: Iterable[List[dict]]):
+        self.loader = loader
+        self.batch: List[dict] = []
+
+    def __iter__(self) -> Iterator[List[dict]]:
+        for batch in self.loader:
+            self.batch = batch
+            yield batch
+
+
+class _FiniteLosses:
+    """For Detectron2's trainers: every process looks at its own losses, not only at their mean."""
+
+    def _write_metrics(
+        self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any
+    ) -> None:
+        losses = {name: float(value.detach()) for name, value in loss_dict.items()}
+        if not all(isfinite(value) for value in losses.values()):
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            raise FloatingPointError(f"a loss is not finite: {listed}")
+        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
+
+
+class _SimpleTrainer(_FiniteLosses, SimpleTrainer):
+    pass
+
+
+class _AMPTrainer(_FiniteLosses, AMPTrainer):
+    pass
+
+
+class Trainer(DefaultTrainer):
+    """
+    Detectron2's trainer, with the evaluator picked by data set, unreadable images named, and
+    checkpoints that do not fit refused.
+
+    With a ``SEED``, each step draws its random numbers anew from the seed and its own number, and
+    so does each image: a run that was killed and resumed ends in the weights of one that was not,
+    exactly so wherever its operations are deterministic. Checkpoints are written as a whole or not
+    at all, and on SIGTERM the run is saved (:class:`panet_d2.engine.hooks.StopOnSignal`).
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg (CfgNode): the config of the run.
+
+        Raises:
+            ConfigError: if a value cannot work.
+        """
+        # As DefaultTrainer's, whose loop, loader, parallel model and checkpointer cannot be
+        # replaced one by one.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        parallel = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **parallel)
+        loop = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
+        self._trainer = loop(model, _LastBatch(loader), optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> List[Optional[HookBase]]:
+        """
+        Returns:
+            list[HookBase]: the parent's; and before the writers, which come last, the one that
+            heeds SIGTERM.
+        """
+        ret = super().build_hooks()
+        place = next((i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook)), len(ret))
+        ret.insert(place, StopOnSignal(self.checkpointer, self.cfg.MODEL.DEVICE))
+        return ret
+
+    def train(self) -> Optional[OrderedDict]:
+        """
+        Returns:
+            OrderedDict or None: see :meth:`DefaultTrainer.train`.
+
+        Raises:
+            DataError: if the run begins, and there are images that it cannot be trained on.
+            TrainingDiverged: see :meth:`run_step`.
+            SystemExit: if it was stopped by SIGTERM.
+        """
+        if not self.start_iter and comm.is_main_process():
+            check_training_images(self.cfg)
+        return super().train()
+
+    def run_step(self) -> None:
+        """
+        Raises:
+            TrainingDiverged: if a loss is NaN or infinite.
+        """
+        if self.cfg.SEED >= 0:
+            seed_all(self.cfg.SEED, comm.get_rank(), self.iter)
+        try:
+            super().run_step()
+        except FloatingPointError as e:
+            files = [image.get("file_name", "?") for image in self._trainer.data_loader.batch]
+            latest = {k: v for k, (v, _) in self.storage.latest().items() if "loss" in k}
+            before = ", ".join(f"{name} {value:.4g}" for name, value in latest.items())
+            raise TrainingDiverged(
+                f"step {self.iter}: {e}. Losses of the step before: {before or 'unknown'}. "
+                f"Images: {', '.join(files)}."
+            ) from e
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if checked(cfg, "SOLVER.OPTIMIZER", ("SGD", "ADAMW")) == "SGD":
+            return super().build_optimizer(cfg, model)
+        # Groups and factors as Detectron2's build_optimizer makes them for SGD.
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        # On the CPU the fused step takes a fifth of the time. Not on CUDA: a fused optimizer undoes
+        # AMP's loss scale after the gradients have been clipped, which is too late.
+        fused = cfg.MODEL.DEVICE == "cpu" and TORCH_VERSION >= (2, 4)
+        return adamw(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=fused
+        )
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start: int = 0) -> Iterable[List[dict]]:
+        """
+        Args:
+            cfg (CfgNode): the config of the run.
+            start (int): batches to leave out, because they were trained on before.
+
+        Returns:
+            iterable[list[dict]]: see :func:`panet_d2.data.train_loader.build_train_loader`.
+        """
+        return build_train_loader(cfg, NamedImageMapper(cfg, True), start)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[List[dict]]:
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamedImageMapper(cfg, False))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """
+        Evaluate with test-time augmentation (``TEST.AUG``).
+
+        Args:
+            cfg (CfgNode): the config of the run.
+            model (nn.Module): a trained model.
+
+        Returns:
+            OrderedDict: the results, with "_TTA" behind the name of each task.
+        """
+        logger.info("Evaluating with test-time augmentation …")
+        evaluators = [
+            cls.build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Args:
+            resume (bool): continue the run in ``OUTPUT_DIR``, if there is one, instead of starting
+                from ``MODEL.WEIGHTS``.
+
+        Raises:
+            CheckpointError: if the checkpoint does not fit the model, or cannot be read.
+        """
+        model, last = self._trainer.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
+        if resume and last:
+            load_for_inference(model, last)  # raises where the parent would go on with half
+        elif self.cfg.MODEL.WEIGHTS:
+            StrictCheckpointer(model, required=_REQUIRED_TO_TRAIN).load(
+                self.cfg.MODEL.WEIGHTS, checkpointables=[]
+            )
+            return
+        super().resume_or_load(resume)
+        if self.start_iter:
+            self._trainer.reset_data_loader(
+                lambda: _LastBatch(self.build_train_loader(self.cfg, self.start_iter))
+            )

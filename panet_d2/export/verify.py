@@ -1,0 +1,165 @@
+"""Whether an exported model finds what the model that it was made from finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+
+from ..config import ConfigError
+from ..data import DataError, spread_evenly
+
+__all__ = ["MAX_UNMATCHED", "TOLERANCES", "Agreement", "blank_images", "sample_images"]
+
+# How much an output of the same detection may differ: boxes and keypoints in pixels (a keypoint's
+# score by that share of it), scores and masks as probabilities.
+TOLERANCES = {"pred_boxes": 0.05, "scores": 1e-3, "pred_masks": 5e-3, "pred_keypoints": 0.05}
+
+# The share of the detections that one model may have and the other not. Whether a box suppresses
+# another is a yes or no, and where it is a close call, rounding decides. Below a hundred
+# detections this is none.
+MAX_UNMATCHED = 0.01
+
+# Sizes of the sample images, relative to those of testing.
+_SCALES = (1.0, 0.75, 0.5)
+
+
+@dataclass
+class Agreement:
+    """
+    How far an exported model agrees with its original over the images that both were given.
+
+    Attributes:
+        images (int): images that were compared.
+        empty_images (int): those of them in which the original finds nothing.
+        detections (int): what it finds in the others.
+        unmatched (int): detections that only one of the models has.
+        differences (dict[str, float]): for each of :data:`TOLERANCES` that the model puts out, the
+            largest difference between the same detection of both.
+    """
+
+    images: int = 0
+    empty_images: int = 0
+    detections: int = 0
+    unmatched: int = 0
+    differences: Dict[str, float] = field(default_factory=dict)
+
+    def add(self, expected: Dict[str, torch.Tensor], found: Dict[str, torch.Tensor]) -> None:
+        """
+        Compare the detections of one image.
+
+        Args:
+            expected, found (dict[str, Tensor]): the outputs of the original and of the exported
+                model, of shapes (N, ...) and (M, ...), in any order.
+        """
+        count = len(expected["scores"])
+        self.images += 1
+        self.empty_images += count == 0
+        self.detections += count
+        ours, theirs = _same_detections(expected, found)
+        self.unmatched += count + len(found["scores"]) - 2 * len(ours)
+        for name in TOLERANCES.keys() & expected.keys():
+            apart = (expected[name][ours].double() - found[name][theirs].double()).abs()
+            if name == "pred_keypoints":
+                # The third is a score, which has no upper bound.
+                apart[..., 2] /= expected[name][ours, :, 2].abs().clamp(min=1)
+            largest = apart.max().item() if apart.numel() else 0.0
+            # numpy's maximum keeps a nan, which max() may lose.
+            self.differences[name] = float(np.maximum(self.differences.get(name, 0.0), largest))
+
+    def complaint(self) -> str:
+        """
+        Returns:
+            str: what is not within the tolerances, or "" if all is.
+        """
+        complaints = []
+        if self.unmatched > MAX_UNMATCHED * self.detections:
+            complaints.append(
+                f"{self.unmatched} detections are found by only one of them, the original finds "
+                f"{self.detections}"
+            )
+        for name, value in self.differences.items():
+            if not value <= TOLERANCES[name]:  # nor is a nan
+                complaints.append(f"{name} differ by {value:.2g}, more than {TOLERANCES[name]:g}")
+        return "; ".join(complaints)
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{n} {self.differences[n]:.1g}" for n in sorted(self.differences))
+        return (
+            f"{self.images} images, {self.empty_images} of them without detections; "
+            f"{self.detections} detections, {self.unmatched} unmatched; largest differences: "
+            f"{values}"
+        )
+
+
+def _same_detections(
+    a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the detections of ``a`` and ``b`` that have the same class and box."""
+    if not (len(a["scores"]) and len(b["scores"])):
+        none = torch.zeros(0, dtype=torch.long)
+        return none, none
+    apart = torch.cdist(a["pred_boxes"].double(), b["pred_boxes"].double(), p=float("inf"))
+    apart[a["pred_classes"][:, None] != b["pred_classes"]] = float("inf")
+    apart, nearest = apart.min(dim=1)
+    ours = (apart <= TOLERANCES["pred_boxes"]).nonzero()[:, 0]
+    theirs, first = np.unique(nearest[ours].numpy(), return_index=True)
+    return ours[torch.from_numpy(first)], torch.from_numpy(theirs)
+
+
+def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> List[torch.Tensor]:
+    """
+    Images to check an exported model with, of several sizes.
+
+    Args:
+        cfg (CfgNode): names their format and the size of testing.
+        files (sequence[str]): image files; if there are none, some of the first of
+            ``DATASETS.TEST``, evenly spread.
+        count (int): how many images to make at least. Where there are fewer files, they come
+            again, in another size.
+
+    Returns:
+        list[Tensor]: of shape (3, H, W), float32 from 0 to 255, in ``INPUT.FORMAT``. The first has
+        the size of testing, the next ones are smaller.
+
+    Raises:
+        ConfigError: if there are neither files nor a data set.
+        DataError: if an image cannot be read.
+    """
+    if not files:
+        if not cfg.DATASETS.TEST:
+            raise ConfigError("DATASETS.TEST is empty; it must name the data to check with.")
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST[:1], filter_empty=False)
+        files = [record["file_name"] for record in spread_evenly(dicts, count)]
+    images = []
+    for i in range(max(count, len(files))):
+        file = files[i % len(files)]
+        try:
+            image = read_image(file, format=cfg.INPUT.FORMAT)
+        except (OSError, SyntaxError) as e:  # the latter for some broken PNGs
+            raise DataError(f"cannot use image {file}: {e}") from e
+        short = round(cfg.INPUT.MIN_SIZE_TEST * _SCALES[i % len(_SCALES)])
+        resize = ResizeShortestEdge(short, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
+        image = resize.apply_image(image).astype("float32")
+        images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
+    return images
+
+
+def blank_images(mean: torch.Tensor) -> List[torch.Tensor]:
+    """
+    Images in which there should be nothing to find.
+
+    Args:
+        mean (Tensor): shape (3, 1, 1), the mean colour of the images.
+
+    Returns:
+        list[Tensor]: of shape (3, H, W): an even one of that colour, a black and a white one.
+    """
+    size = (3, 96, 160)
+    return [mean.expand(size).clone(), torch.zeros(size), torch.full(size, 255.0)]

@@ -1,0 +1,51 @@
+import os
+
+import pytest
+
+from panet_d2.checkpoint.atomic import AtomicPathManager, atomic_open
+
+
+@pytest.mark.parametrize("mode, content", [("w", "new"), ("wb", b"new")])
+def test_appears_when_it_is_whole(tmp_path, mode, content):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with atomic_open(str(path), mode) as f:
+        f.write(content)
+        f.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), atomic_open(str(path)) as f:
+        f.write("half")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_open(str(tmp_path / "lost/file")):
+        pass
+
+
+def test_only_local_writing_is_ours(tmp_path):
+    class Other:
+        opened = []
+
+        def open(self, path, mode="r", **kwargs):
+            self.opened.append((path, mode))
+
+        def isfile(self, path):
+            return path == "x"
+
+    manager = AtomicPathManager(Other())
+    manager.open("s3://bucket/file", "wb")
+    manager.open(str(tmp_path / "a"), "rb")
+    manager.open(str(tmp_path / "a"))
+    with manager.open(str(tmp_path / "a"), "w") as f:
+        f.write("x")
+    assert [mode for _, mode in Other.opened] == ["wb", "rb", "r"]
+    assert (tmp_path / "a").read_text() == "x" and manager.isfile("x")

@@ -1,0 +1,169 @@
+"""Several processes, on the CPU with gloo. What they run is in `workers.py`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+from panet_d2.engine import launch
+
+from ..common import ROOT, tiny_cfg, write_coco
+
+WORKERS = "tests.engine.workers"
+
+
+def start(*command, **env):
+    log = tempfile.TemporaryFile("w+")  # a pipe would be full before anyone reads it
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    process.log = log
+    return process
+
+
+def finish(process, code=0, timeout=500):
+    """Its output, after it has ended with this exit status."""
+    try:
+        process.wait(timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it leaves behind
+    output = output_of(process)
+    assert process.returncode == code, output[-5000:]
+    return output
+
+
+def output_of(process):
+    process.log.seek(0)
+    return process.log.read()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """What workers.py writes of one process, and of two, by how they were started."""
+    folder = tmp_path_factory.mktemp("gradients")
+    url = f"tcp://127.0.0.1:{free_port()}"
+    machine = ("-m", WORKERS, "gradients", folder / "machines.pt", "--num-gpus", 1)
+    machine += ("--num-machines", 2, "--dist-url", url, "--machine-rank")
+    jobs = [
+        start("-m", WORKERS, "gradients", folder / "one.pt"),
+        start("-m", WORKERS, "gradients", folder / "two.pt", "--num-gpus", 2, "--dist-url", "auto"),
+        start(*TORCHRUN, free_port(), "-m", WORKERS, "gradients", folder / "torchrun.pt"),
+        start(*machine, 0),
+        start(*machine, 1),
+    ]
+    for job in jobs:
+        finish(job)
+    return {path.stem: torch.load(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("started", ["two", "torchrun", "machines"])
+def test_two_processes_have_the_gradients_of_one(gradients, started):
+    one, two = gradients["one"], gradients[started]
+    assert two["processes"] == 2 and one["processes"] == 1
+    assert one["losses"].keys() == two["losses"].keys()
+    for name, loss in one["losses"].items():
+        assert two["losses"][name] == pytest.approx(loss, rel=1e-5), name
+    assert one["gradients"].keys() == two["gradients"].keys()
+    assert any("pafpn_downsample3.norm" in name for name in one["gradients"])  # naiveSyncBN
+    for name, gradient in one["gradients"].items():
+        # A bias before a norm has no gradient but rounding.
+        error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-2)
+        assert error < 1e-4, (name, float(error))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squares")
+    json_file, root = write_coco(folder, num_images=5)
+    cfg = tiny_cfg(
+        *("DATASETS.REGISTER_COCO", [["launch_squares", json_file, root]]),
+        *("DATASETS.TRAIN", ["launch_squares"]),
+        *("DATASETS.TEST", ["launch_squares"]),
+        *("SOLVER.IMS_PER_BATCH", 2),
+        *("SOLVER.BASE_LR", 0.01),
+        *("SOLVER.MAX_ITER", 30),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+        *("SEED", 1),
+    )
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder / "config.yaml"
+
+
+def results(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {k: v for line in lines for k, v in line.items() if k.startswith(("bbox/", "segm/"))}
+
+
+def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
+    """Trained by two; evaluated by two, at the end of training, and by one."""
+    command = ("train_net.py", "--config-file", config_file, "OUTPUT_DIR", tmp_path / "run")
+    finish(start(command[0], "--num-gpus", 2, "--dist-url", "auto", *command[1:]))
+    two = results(tmp_path / "run")
+    weights = ("MODEL.WEIGHTS", tmp_path / "run/model_final.pth")
+    output = finish(start(*command[:3], "--eval-only", *weights, "OUTPUT_DIR", tmp_path / "one"))
+    printed = [line.split("copypaste: ")[-1] for line in output.splitlines()]
+    for task, prefix in (("bbox", "bbox/"), ("segm", "segm/")):
+        names, values = (printed[printed.index(f"Task: {task}") + i].split(",") for i in (1, 2))
+        for name, value in zip(names, values):
+            assert float(value) == pytest.approx(two[prefix + name], abs=1e-3, nan_ok=True), name
+    assert two["bbox/AP50"] > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_stops(config_file, tmp_path, processes):
+    """And the run goes on from there, to the weights of one that was not stopped."""
+    opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 100, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    command = ("train_net.py", "--config-file", config_file, "--num-gpus", processes)
+    command += ("--dist-url", "auto")  # two jobs at once need two ports
+    whole = start(*command, *opts, "OUTPUT_DIR", tmp_path / "whole")
+    stopped = start(*command, *opts, "OUTPUT_DIR", tmp_path / "stopped")
+    wait_for_steps(tmp_path / "stopped", stopped)
+    stopped.send_signal(signal.SIGTERM)  # to the first process alone, as a scheduler does
+    assert "Stopped by SIGTERM after" in finish(stopped, 128 + signal.SIGTERM, 60)
+    (saved,) = (tmp_path / "stopped").glob("*.pth")
+    assert 20 <= int(saved.stem[len("model_") :]) < 99
+    finish(start(*command, "--resume", *opts, "OUTPUT_DIR", tmp_path / "stopped"))
+    finish(whole)
+    ours, theirs = (
+        torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("stopped", "whole")
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def wait_for_steps(folder, process, timeout=300):
+    """Until the run has written its first metrics, after 20 steps."""
+    path, until = folder / "metrics.json", time.time() + timeout
+    while not (path.is_file() and path.read_text()):
+        assert process.poll() is None and time.time() < until, output_of(process)[-3000:]
+        time.sleep(0.1)
+
+
+def test_one_process_is_this_one():
+    seen = []
+    launch(seen.append, default_argument_parser().parse_args(["--num-gpus", "1"]))
+    assert len(seen) == 1

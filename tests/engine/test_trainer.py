@@ -1,0 +1,218 @@
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import get_event_storage
+
+from panet_d2 import ConfigError
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.data.train_loader import seed_all
+from panet_d2.engine import Trainer, TrainingDiverged, latest_checkpoint, setup_config
+
+from ..common import tiny_cfg
+
+
+class TestTrainer:
+    def test_starts_from_a_backbone(self, config_file, tmp_path):
+        cfg = setup_config(config_file)
+        source = build_model(cfg)
+        state = {k: v for k, v in source.state_dict().items() if "bottom_up" in k}
+        cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
+        torch.save({"model": state}, cfg.MODEL.WEIGHTS)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        loaded = trainer.model.state_dict()
+        assert all(torch.equal(loaded[k], v) for k, v in state.items())
+        assert trainer.start_iter == 0
+
+    def test_refuses_half_a_backbone(self, config_file, tmp_path):
+        cfg = setup_config(config_file)
+        state = {k: v for k, v in build_model(cfg).state_dict().items() if "res4" not in k}
+        cfg.MODEL.WEIGHTS = str(tmp_path / "half.pth")
+        torch.save({"model": state}, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match="missing from it: backbone.bottom_up.res4"):
+            Trainer(cfg).resume_or_load(resume=False)
+
+    def test_does_not_resume_into_another_model(self, config_file):
+        cfg = setup_config(config_file)
+        trainer = Trainer(cfg)
+        trainer.checkpointer.save("model_0000000", iteration=0)
+        assert latest_checkpoint(cfg.OUTPUT_DIR).endswith("model_0000000.pth")
+        cfg.MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED = False
+        with pytest.raises(
+            CheckpointError, match="not in the model: roi_heads.mask_head.fc_fusion"
+        ):
+            Trainer(cfg).resume_or_load(resume=True)
+
+
+def run(config_file, *opts, resume=False):
+    """A whole run in this process; its weights."""
+    cfg = setup_config(config_file, [str(o) for o in opts])
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    seed_all(max(cfg.SEED, 0))  # as default_setup does
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def stop_at(monkeypatch, step):
+    """Kill the run in the middle of a step."""
+    real = Trainer.run_step
+
+    def run_step(self):
+        real(self)
+        if self.iter == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run_step", run_step)
+
+
+class TestResume:
+    OPTS = (
+        *("SEED", 3),
+        *("DATASETS.TEST", "()"),
+        *("SOLVER.MAX_ITER", 6),
+        *("SOLVER.STEPS", "(3,)"),
+        *("SOLVER.WARMUP_ITERS", 4),
+        *("SOLVER.CHECKPOINT_PERIOD", 2),
+        *("SOLVER.BASE_LR", 0.01),
+        *("INPUT.MIN_SIZE_TRAIN", "(48, 64)"),
+    )
+
+    @pytest.mark.parametrize(
+        "opts",
+        [(), ("SOLVER.OPTIMIZER", "ADAMW", "DATALOADER.NUM_WORKERS", "2")],
+        ids=["sgd", "adamw-workers"],
+    )
+    def test_killed_and_resumed_is_as_never_killed(self, config_file, tmp_path, monkeypatch, opts):
+        opts = (*self.OPTS, *opts)
+        expected = run(config_file, *opts, "OUTPUT_DIR", tmp_path / "whole")
+        opts = (*opts, "OUTPUT_DIR", tmp_path / "killed")
+        for step in (2, 4):
+            with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+                stop_at(m, step)
+                run(config_file, *opts, resume=True)
+        torch.manual_seed(7)  # nothing may depend on what is left of this
+        assert same(run(config_file, *opts, resume=True), expected)
+
+    def test_the_seed_matters(self, config_file, tmp_path):
+        seeds = [
+            run(config_file, *self.OPTS, "SEED", seed, "OUTPUT_DIR", tmp_path / str(seed))
+            for seed in (3, 4)
+        ]
+        assert not same(*seeds)
+
+    def test_without_a_seed_it_resumes_all_the_same(self, config_file, monkeypatch):
+        opts = (*self.OPTS, "SEED", -1)
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            stop_at(m, 2)
+            run(config_file, *opts)
+        run(config_file, *opts, resume=True)
+        assert latest_checkpoint(setup_config(config_file).OUTPUT_DIR).endswith("model_final.pth")
+
+
+class TestDiverged:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_says_step_losses_and_images(self, config_file, monkeypatch, value):
+        real = FastRCNNOutputLayers.losses
+
+        def losses(self, *args):
+            ret = real(self, *args)
+            if get_event_storage().iter == 1:
+                ret["loss_cls"] = ret["loss_cls"] * value
+            return ret
+
+        monkeypatch.setattr(FastRCNNOutputLayers, "losses", losses)
+        with pytest.raises(TrainingDiverged) as e:
+            run(config_file, "SEED", 3)
+        message = str(e.value)
+        assert message.startswith("step 1: a loss is not finite")
+        assert f"loss_cls {value}" in message and re.search(r"loss_mask \d", message)
+        assert len(re.findall(r"images/\d{3}\.png", message)) == 2  # the batch
+
+    def test_weights_that_are_nan(self, config_file, monkeypatch):
+        """The RPN notices before there are any losses; those of the step before are shown."""
+        real = Trainer.run_step
+
+        def run_step(self):
+            if self.iter == 1:
+                self.model.proposal_generator.rpn_head.conv.bias.data.fill_(float("nan"))
+            real(self)
+
+        monkeypatch.setattr(Trainer, "run_step", run_step)
+        with pytest.raises(TrainingDiverged, match=r"step 1: .*\d{3}\.png") as e:
+            run(config_file, "SEED", 3)
+        assert re.search(r"step before: .*loss_mask \d", str(e.value))
+
+
+class TestFullDisk:
+    def test_the_checkpoint_before_is_intact(self, config_file, tmp_path, monkeypatch):
+        """The operating system refuses to write more than a limit, as it does on a full disk."""
+        opts = ("SEED", 3, "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 1)
+        output = tmp_path / "output"
+        with monkeypatch.context() as m:
+            stop_at(m, 0)
+            with pytest.raises(KeyboardInterrupt):
+                run(config_file, *opts)
+        monkeypatch.undo()
+        trainer = Trainer(setup_config(config_file, [str(o) for o in opts]))
+        trainer.checkpointer.save("model_0000000", iteration=0)
+        before = {p.name: p.read_bytes() for p in output.iterdir() if p.suffix == ".pth"}
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        try:
+            with pytest.raises(CheckpointError, match="cannot write checkpoint model_0000001.pth"):
+                trainer.checkpointer.save("model_0000001", iteration=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert {p.name: p.read_bytes() for p in output.iterdir() if ".pth" in p.name} == before
+        assert latest_checkpoint(str(output)).endswith("model_0000000.pth")
+        run(config_file, *opts, resume=True)
+
+
+class TestOptimizer:
+    def test_default_is_detectron2s(self):
+        cfg = tiny_cfg()
+        model = build_model(cfg)
+        ours, stock = Trainer.build_optimizer(cfg, model), build_optimizer(cfg, model)
+        assert isinstance(ours, torch.optim.SGD)
+        assert ours.param_groups[0]["momentum"] == stock.param_groups[0]["momentum"] == 0.9
+
+    def test_adamw(self):
+        cfg = tiny_cfg(
+            *("SOLVER.OPTIMIZER", "ADAMW"),
+            *("SOLVER.BASE_LR", 0.25),
+            *("SOLVER.WEIGHT_DECAY", 0.5),
+            *("SOLVER.WEIGHT_DECAY_NORM", 0.125),
+            *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6),
+        )
+        model = build_model(cfg)
+        optimizer = Trainer.build_optimizer(cfg, model)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        stem = model.backbone.bottom_up.stem.conv1
+        assert decay[id(stem.weight)] == 0.5 and decay[id(stem.norm.weight)] == 0.125
+        assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+        stem.weight.grad = torch.full_like(stem.weight, 100.0)
+        optimizer.step()
+        assert stem.weight.grad.norm() <= 2e-6  # clipped
+
+    def test_unknown(self):
+        cfg = tiny_cfg("SOLVER.OPTIMIZER", "LION")
+        with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER.*'LION'.*'SGD', 'ADAMW'"):
+            Trainer.build_optimizer(cfg, build_model(cfg))

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import panet_d2
+from panet_d2 import info
+
+from .common import ROOT
+
+
+def test_versions():
+    collected = info.collect_info()
+    assert collected["panet_d2"] == panet_d2.__version__
+    assert collected["torch"] == torch.__version__
+    assert all(value is None or value for value in collected.values())
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "detectron2._C", None)
+    collected = info.collect_info()
+    assert collected["Triton"].startswith("no: ")
+    assert collected["Detectron2's compiled ops"].startswith("no: ")
+
+
+@pytest.mark.parametrize("value, expected", [(None, "cpu"), ("reference", "reference")])
+def test_roi_align_of_a_device_is_the_one_that_runs(monkeypatch, value, expected):
+    if value is None:
+        monkeypatch.delenv("PANET_D2_ROI_ALIGN", raising=False)
+    else:
+        monkeypatch.setenv("PANET_D2_ROI_ALIGN", value)
+    ran = []
+    # By import_module, because the package has a function of the module's name.
+    module = import_module("panet_d2.layers.multilevel_roi_align")
+    for name, function in (
+        ("cpu", module.roi_align_levels_cpu),
+        ("reference", module.multilevel_roi_align_reference),
+    ):
+
+        def spy(*args, name=name, function=function):
+            ran.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(module, function.__name__, spy)
+    boxes = torch.tensor([[0.0, 1, 1, 9, 9]])
+    module.multilevel_roi_align([torch.rand(1, 2, 8, 8)], boxes, [0.5], (2, 2), 2, True)
+    collected = info.collect_info()
+    assert [collected["RoIAlign on cpu"]] == ran == [expected]
+    assert collected["$PANET_D2_ROI_ALIGN"] == value
+
+
+def test_every_device_is_listed(monkeypatch):
+    cuda = {
+        "device_count": lambda: 2,
+        "get_device_name": "GPU {}".format,
+        "get_device_capability": lambda index: (9, index),
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: asked.append(device) or tensor)
+    collected = info.collect_info()
+    assert collected["cuda:1"] == "GPU 1, 9.1" and "RoIAlign on cuda:1" in collected
+    assert asked == ["cpu", "cuda:0", "cuda:1"]
+
+
+def test_every_variable_that_is_read_is_listed():
+    read = re.compile(r"(?:environ(?:\.get\(|\[)|getenv\()\s*\"(\w+)\"|\"(\w+)\" in os\.environ")
+    code = "\n".join(f.read_text() for f in Path(panet_d2.__file__).parent.rglob("*.py"))
+    found = {a or b for a, b in read.findall(code)}
+    torchrun = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
+    assert found - torchrun == set(info.ENVIRONMENT)
+
+
+def test_command():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "panet_d2.info", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["panet_d2"] == panet_d2.__version__
+
+
+def test_detectron2s_report_follows(capsys):
+    info.main([])
+    printed = capsys.readouterr().out
+    assert re.search(r"^panet_d2 +\d", printed, re.M)
+    assert re.search(r"^sys\.platform ", printed, re.M)

@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""
+Find everything that is wrong with data sets in COCO format: in the annotations, and in the images,
+all of which are read. Ends with 0 if nothing is, 1 if something is, 2 if it cannot be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import asdict
+from typing import List, NamedTuple, Optional
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from panet_d2 import ConfigError
+from panet_d2.data import DataError, Problem, check_coco
+from panet_d2.data.register import coco_entries, find_coco_files
+from panet_d2.engine import read_config
+
+
+class Source(NamedTuple):
+    """A data set to check, and what for; the arguments of check_coco."""
+
+    name: str
+    json_file: str
+    image_root: str
+    masks: Optional[bool] = None
+    evaluated: bool = True
+    image_format: str = "BGR"
+
+
+def sources(cfg: CfgNode) -> List[Source]:
+    """The data sets of DATASETS.TRAIN and TEST, where they are not all right too."""
+    listed = {name: files for name, *files in coco_entries(cfg)}
+    found = []
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        if name in listed:
+            files = find_coco_files(name, *listed[name])
+        elif name not in DatasetCatalog:
+            raise ConfigError(
+                f"DATASETS names {name!r}, which is neither known to Detectron2 nor listed in "
+                "DATASETS.REGISTER_COCO."
+            )
+        else:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("evaluator_type") != "coco":
+                raise ConfigError(f"DATASETS names {name!r}, which is not in COCO format.")
+            files = metadata.json_file, metadata.image_root
+            if not os.path.isfile(files[0]):
+                DatasetCatalog.get(name)  # a data set that is generated is made here
+        masks = None if cfg.MODEL.MASK_ON else False
+        found.append(Source(name, *files, masks, name in cfg.DATASETS.TEST, cfg.INPUT.FORMAT))
+    if not found:
+        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are empty; there is nothing to check.")
+    return found
+
+
+def report(source: Source, problems: List[Problem]) -> dict:
+    """What --json writes of one data set."""
+    severities = Counter(p.severity for p in problems)
+    return {
+        "name": source.name,
+        "annotations": source.json_file,
+        "images": source.image_root,
+        "errors": severities["error"],
+        "warnings": severities["warning"],
+        "problems": [asdict(p) for p in problems],
+    }
+
+
+def print_report(source: Source, problems: List[Problem]) -> None:
+    for problem in problems:
+        print(f"{problem.severity}: {problem}")
+    severities = Counter(p.severity for p in problems)
+    print(f"{source.name}: {severities['error']} errors, {severities['warning']} warnings")
+    for (severity, what), count in Counter((p.severity, p.what) for p in problems).most_common():
+        print(f"{count:>8} {severity:<7} {what}")
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", help="check its DATASETS.TRAIN and TEST")
+    parser.add_argument("--annotations", metavar="FILE", help="check this annotation file …")
+    parser.add_argument("--images", metavar="FOLDER", help="… with the images in this folder")
+    parser.add_argument("--json", action="store_true", help="write the report as JSON")
+    parser.add_argument("--workers", type=int, help="threads that read images; one per core")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    args = parser.parse_args(argv)
+    if bool(args.config_file) == bool(args.annotations) or bool(args.annotations) != bool(
+        args.images
+    ):
+        parser.error("give either --config-file, or --annotations and --images")
+    if args.opts and not args.config_file:
+        parser.error("--opts needs --config-file")
+    if args.workers is not None and args.workers < 1:
+        parser.error("--workers must be at least 1")
+    try:
+        if args.config_file:
+            found = sources(read_config(args.config_file, args.opts))
+        else:
+            found = [Source(args.annotations, args.annotations, args.images)]
+        results = []
+        for source in found:
+            problems = check_coco(*source[1:], workers=args.workers)
+            results.append((source, problems))
+            if not args.json:
+                print_report(source, problems)
+    except (ConfigError, DataError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"datasets": [report(*result) for result in results]}, indent=2))
+    return int(any(problems for _, problems in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Train and evaluate the model of a LazyConfig file, as train_net.py does for a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import OrderedDict
+from typing import List, Optional
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils.logger import setup_logger
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from torch import nn
+
+from panet_d2 import ConfigError
+from panet_d2.checkpoint import CheckpointError, RunCheckpointer, StrictCheckpointer
+from panet_d2.data import DataError
+from panet_d2.engine import latest_checkpoint, launch, load_for_inference
+
+logger = logging.getLogger("panet_d2")
+
+
+def setup(args: argparse.Namespace) -> DictConfig:
+    """Make the config and set up logging, seed and output folder."""
+    try:
+        cfg = LazyConfig.load(args.config_file)
+        LazyConfig.apply_overrides(cfg, args.opts)
+    except (OSError, KeyError, ValueError, HydraException) as e:
+        what = " ".join([args.config_file, *args.opts])
+        message = e.args[0] if isinstance(e, KeyError) else str(e).splitlines()[0]
+        raise ConfigError(f"{what}: {message}") from e
+    if not (args.eval_only or args.resume) and latest_checkpoint(cfg.train.output_dir):
+        # Before anything is written there.
+        raise CheckpointError(
+            f"train.output_dir {cfg.train.output_dir} holds another run; continue it with "
+            "--resume, or name another folder."
+        )
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="panet_d2")
+    # Detectron2's common config names "cuda", whether it is there or not.
+    if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No CUDA device here: running on the CPU.")
+        cfg.train.device = "cpu"
+    if cfg.train.amp.enabled and cfg.train.device == "cpu":
+        raise ConfigError("train.amp.enabled is True; on the CPU it must be False.")
+    return cfg
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> OrderedDict:
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    print_csv_format(results)
+    return results
+
+
+def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    # Detectron2 takes it for granted that a model is on a GPU.
+    parallel = {"device_ids": None} if cfg.train.device == "cpu" else {}
+    trainer = trainer_class(
+        create_ddp_model(model, **cfg.train.ddp, **parallel),
+        instantiate(cfg.dataloader.train),
+        optimizer,
+    )
+    start_iter = 0
+    last = latest_checkpoint(cfg.train.output_dir) if resume else None
+    if last:
+        StrictCheckpointer(model, trainer=trainer).load(last)
+        start_iter = trainer.iter + 1
+    elif cfg.train.init_checkpoint:
+        # Heads may be new, half a ResNet may not.
+        StrictCheckpointer(model, required=["backbone.bottom_up."]).load(cfg.train.init_checkpoint)
+
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main_process = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(optimizer, instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+            if main_process
+            else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            # Last, so that it writes what the others measure.
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                period=cfg.train.log_period,
+            )
+            if main_process
+            else None,
+        ]
+    )
+    trainer.train(start_iter, cfg.train.max_iter)
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = setup(args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if not args.eval_only:
+        return train(cfg, model, args.resume)
+    resumed = latest_checkpoint(cfg.train.output_dir) if args.resume else None
+    if not (resumed or cfg.train.init_checkpoint):
+        raise CheckpointError("train.init_checkpoint is empty; it must name a trained checkpoint.")
+    load_for_inference(model, resumed or cfg.train.init_checkpoint)
+    evaluate(cfg, model)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = default_argument_parser().parse_args(argv)
+    try:
+        launch(run, args)
+    except (ConfigError, CheckpointError, DataError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
