@@ -11,13 +11,19 @@ import json
 import os
 import re
 import sys
+from statistics import median
 from typing import Dict, List, Optional
+
+from detectron2.modeling import build_model
 
 from panet_d2 import ConfigError
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
 from panet_d2.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
 from panet_d2.ablation.runner import Run, run_all
-from panet_d2.benchmark.models import model_size
+from panet_d2.benchmark.models import images, model_size, set_score_threshold, tame
+from panet_d2.benchmark.tasks import inference, training_step
+from panet_d2.benchmark.timing import interleaved
+from panet_d2.checkpoint import atomic_open
 from panet_d2.data import DataError
 from panet_d2.engine import setup_config
 
@@ -40,11 +46,31 @@ def describe_models(config_file: str, rungs: List[str]) -> Dict[str, dict]:
     return models
 
 
+def time_models(config_file: str, rungs: List[str], repeats: int) -> Dict[str, dict]:
+    """Seconds of a training step and of an inference, all models in turn, medians of many."""
+    models = {}
+    for name in rungs:
+        cfg = setup_config(config_file, [*map(str, overrides(RUNGS[name]))], needed=())
+        models[name] = build_model(cfg)
+    inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    for model in models.values():
+        set_score_threshold(tame(model), inputs[:1])
+    tasks = {
+        "seconds_per_step": lambda model: training_step(model, inputs),
+        "seconds_per_image": lambda model: inference(model, inputs[:1]),
+    }
+    times: Dict[str, dict] = {name: {} for name in rungs}
+    for key, task in tasks.items():
+        runs = {name: task(model) for name, model in models.items()}
+        for name, seconds in interleaved(runs, cfg.MODEL.DEVICE, repeats, warmup=2).items():
+            times[name][key] = median(seconds)
+    return times
+
+
 def report(results: str, document: str, data: str) -> None:
     """Draw the plots, and put the table into the document between its marks."""
     runs = load_results(results)
-    with open(os.path.join(results, "models.json")) as f:
-        models = json.load(f)
+    models = read_models(results)
     plot_curves(runs, os.path.join(results, "curves.png"))
     plot_differences(runs, os.path.join(results, "differences.png"))
     with open(document, encoding="utf-8") as f:
@@ -55,6 +81,17 @@ def report(results: str, document: str, data: str) -> None:
     text = re.sub(marks, lambda m: f"{m[1]}\n{table(runs, models)}\n{m[2]}", text, flags=re.S)
     with open(document, "w", encoding="utf-8") as f:
         f.write(text)
+
+
+def read_models(results: str) -> Dict[str, dict]:
+    with open(os.path.join(results, "models.json")) as f:
+        return json.load(f)
+
+
+def write_models(results: str, models: Dict[str, dict]) -> None:
+    with atomic_open(os.path.join(results, "models.json")) as f:
+        json.dump(models, f, indent=1)
+        f.write("\n")
 
 
 def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
@@ -77,9 +114,7 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     models = os.path.join(results, "models.json")
     os.makedirs(results, exist_ok=True)
     if not os.path.isfile(models):
-        with open(models, "w") as f:
-            json.dump(describe_models(config_file, list(RUNGS)), f, indent=1)
-            f.write("\n")
+        write_models(results, describe_models(config_file, list(RUNGS)))
     work = os.path.join(args.work, os.path.basename(results))
     return run_all(runs, work, results, TRAIN_NET, args.jobs)
 
@@ -98,6 +133,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--work", default="output/ablation", help="output folders of the runs")
     parser.add_argument("--document", default=os.path.join(ROOT, "docs/ablation.md"))
     parser.add_argument("--report", action="store_true", help="only write the table and the plots")
+    parser.add_argument(
+        "--time",
+        type=int,
+        metavar="REPEATS",
+        help="train nothing: time the models side by side, on a machine that does nothing else",
+    )
     parser.add_argument("--quick", action="store_true", help="two rungs, once, in minutes")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="for every run")
     args = parser.parse_args(argv)
@@ -108,15 +149,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     args.rungs = args.rungs or [name for group in args.groups for name in GROUPS[group]]
     results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
     try:
-        if not args.report:
+        if args.time:
+            models = read_models(results)
+            timed = time_models(args.config_file or BASELINES[args.data], args.rungs, args.time)
+            write_models(results, {n: {**m, **timed.get(n, {})} for n, m in models.items()})
+        elif not args.report:
             failures = train(args, args.config_file or BASELINES[args.data], results)
             if failures:
                 print("\n".join(f"error: {line}" for line in failures), file=sys.stderr)
                 return 1
         if not args.quick:
             report(results, args.document, args.data)
-        with open(os.path.join(results, "models.json")) as f:
-            print(table(load_results(results), json.load(f)))
+        print(table(load_results(results), read_models(results)))
     except (ConfigError, DataError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

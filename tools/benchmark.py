@@ -12,12 +12,10 @@ import json
 import os
 import sys
 from statistics import median
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
-from torch import nn
 
 from panet_d2 import ConfigError
 from panet_d2.benchmark.models import (
@@ -30,6 +28,7 @@ from panet_d2.benchmark.models import (
 )
 from panet_d2.benchmark.op import benchmark_op
 from panet_d2.benchmark.report import describe_machine, markdown, plot
+from panet_d2.benchmark.tasks import inference, training_step
 from panet_d2.benchmark.timing import interleaved, peak_memory
 from panet_d2.data import DataError
 from panet_d2.engine import setup_config
@@ -37,34 +36,6 @@ from panet_d2.engine import setup_config
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs")
 COCO = os.path.join(CONFIGS, "COCO-InstanceSegmentation")
 LADDER = sorted(glob.glob(os.path.join(COCO, "ablations", "[0-9]_*.yaml")))
-
-
-def inference(model: nn.Module, inputs: List[dict], amp: bool) -> Callable[[], object]:
-    device = next(model.parameters()).device.type
-
-    @torch.no_grad()
-    def run():
-        with torch.autocast(device, dtype=torch.float16, enabled=amp):
-            return model.eval()(inputs)
-
-    return run
-
-
-def training_step(model: nn.Module, inputs: List[dict], amp: bool) -> Callable[[], object]:
-    device = next(model.parameters()).device.type
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-6)
-    scaler = torch.amp.GradScaler(device, enabled=amp)
-
-    def run():
-        model.train()
-        with EventStorage(), torch.autocast(device, dtype=torch.float16, enabled=amp):
-            loss = sum(model(inputs).values())
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    return run
 
 
 def benchmark_models(cfg: CfgNode, head: str, args: argparse.Namespace) -> Dict:

@@ -57,7 +57,9 @@ def table(results: Results, models: Dict[str, dict]) -> str:
     """
     Args:
         results (dict): see :func:`load_results`.
-        models (dict[str, dict]): "million_parameters" and "gflops" by rung.
+        models (dict[str, dict]): "million_parameters" and "gflops" by rung; and, if they were
+            timed side by side, "seconds_per_step" and "seconds_per_image", which are otherwise the
+            runs' own.
 
     Returns:
         str: Markdown tables, one for each group of rungs that has results.
@@ -78,9 +80,11 @@ def table(results: Results, models: Dict[str, dict]) -> str:
                 values = [v for v in _by_seed(results, name, metric).values() if v == v]
                 row.append(f"{mean(values):.1f}" if values else "-")
             row.append(_mean_and_error(list(_by_seed(results, name, "bbox/AP").values())))
-            for key in ("seconds_per_step", "seconds_per_image"):
-                row.append(f"{1e3 * mean(run[key] for run in runs.values()):.0f}")
             model = models.get(name, {})
+            for key in ("seconds_per_step", "seconds_per_image"):
+                # What other work of the machine slows is a run, not the comparison side by side.
+                seconds = model.get(key) or mean(run[key] for run in runs.values())
+                row.append(f"{1e3 * seconds:.0f}")
             row.append(f"{model['million_parameters']:.1f}" if model else "-")
             row.append(f"{model['gflops']:.1f}" if model else "-")
             rows.append(row)

@@ -68,3 +68,23 @@ def test_document_holds_the_table_of_the_runs(data, tmp_path):
     command = ["--report", "--data", data, "--results", str(tmp_path / data)]
     assert tool.main([*command, "--document", str(copy)]) == 0
     assert Path(copy).read_text() == document.read_text()
+
+
+def test_models_are_timed_side_by_side(tmp_path):
+    results, document = tmp_path / "results", tmp_path / "document.md"
+    results.mkdir()
+    for rung in ("baseline", "+mst"):
+        write_run(results, rung, 1, 30.0)
+    sizes = {"million_parameters": 1.0, "gflops": 2.0}
+    (results / "models.json").write_text(json.dumps({"baseline": sizes, "+mst": sizes}))
+    document.write_text("<!-- table dsb2018 -->\n<!-- end -->\n")
+    command = ["--time", "1", "--rungs", "baseline", "--results", str(results)]
+    assert tool.main([*command, "--document", str(document)]) == 0
+    models = json.loads((results / "models.json").read_text())
+    assert models["+mst"] == sizes and models["baseline"].items() > sizes.items()
+    timed = models["baseline"]["seconds_per_step"], models["baseline"]["seconds_per_image"]
+    assert timed[0] > timed[1] > 0
+    rows = [line.split("|") for line in document.read_text().splitlines() if "| 30.0" in line]
+    baseline, mst = ([cell.strip() for cell in row] for row in rows)
+    assert {f"{1e3 * seconds:.0f}" for seconds in timed} <= set(baseline)
+    assert {"500", "250"} <= set(mst)  # its own run's
