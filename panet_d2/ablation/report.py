@@ -11,12 +11,14 @@ from typing import Dict, List
 from tabulate import tabulate
 
 from ..evaluation.plots import pyplot, save_figure
-from .rungs import GROUPS, RUNGS
+from .rungs import GROUPS, LADDER, RUNGS
 from .statistics import paired_difference, standard_error
 
 __all__ = ["load_results", "plot_curves", "plot_differences", "table"]
 
 Results = Dict[str, Dict[int, dict]]  # by rung and seed
+
+_BASELINE, _FULL = list(LADDER)[0], list(LADDER)[-1]
 
 _GROUP_TITLES = {
     "ladder": "The ladder",
@@ -75,6 +77,8 @@ def table(results: Results, models: Dict[str, dict]) -> str:
             masks = list(_by_seed(results, name, "segm/AP").values())
             row.append(_mean_and_error(masks))
             row.append(_difference(results, name, rung.below))
+            if group == "ladder":
+                row.append(_difference(results, name, _BASELINE if name != _BASELINE else ""))
             for metric in ("segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl"):
                 # COCO says nan where there are no objects of a size.
                 values = [v for v in _by_seed(results, name, metric).values() if v == v]
@@ -90,7 +94,10 @@ def table(results: Results, models: Dict[str, dict]) -> str:
             rows.append(row)
         if not rows:
             continue
-        headers = ["model", "seeds", "mask AP", "difference [95 %]", "AP50", "AP75"]
+        headers = ["model", "seeds", "mask AP", "difference [95 %]"]
+        if group == "ladder":
+            headers[-1:] = ["from the row above [95 %]", f"from {LADDER[_BASELINE].title} [95 %]"]
+        headers += ["AP50", "AP75"]
         headers += ["APs", "APm", "APl", "box AP", "ms/step", "ms/image", "M params", "GFLOPs"]
         lines += [f"### {_GROUP_TITLES[group]}", ""]
         lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
@@ -135,7 +142,8 @@ def plot_curves(results: Results, path: str) -> None:
 
 def plot_differences(results: Results, path: str) -> None:
     """
-    Draw each rung's difference from the one that it is compared with, and its interval.
+    Draw each rung's difference from the one that it is compared with, and the whole ladder's, with
+    their intervals.
 
     Args:
         results (dict): see :func:`load_results`.
@@ -143,18 +151,20 @@ def plot_differences(results: Results, path: str) -> None:
     """
     plt = pyplot()
     rows = []
-    for name, rung in RUNGS.items():
-        if name in results and rung.below in results:
-            ours, theirs = (_by_seed(results, r, "segm/AP") for r in (name, rung.below))
+    compared = [(name, rung.below) for name, rung in RUNGS.items()]
+    compared.insert(len(LADDER), (_FULL, _BASELINE))
+    for name, below in compared:
+        if name in results and below in results:
+            ours, theirs = (_by_seed(results, r, "segm/AP") for r in (name, below))
             if ours.keys() & theirs.keys():
-                rows.append((name, paired_difference(ours, theirs)))
+                rows.append((f"{name} against {below}", paired_difference(ours, theirs)))
     figure, axis = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)))
     for i, (_, d) in enumerate(rows):
         if d.pairs > 1:
             axis.plot([d.low, d.high], [i, i], color="C0")
         axis.plot([d.mean], [i], "o", color="C0")
     axis.axvline(0, color="0.6", lw=1)
-    axis.set_yticks(range(len(rows)), [f"{n} against {RUNGS[n].below}" for n, _ in rows])
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel("difference in mask AP, and its 95 % interval")
     save_figure(figure, path)

@@ -37,11 +37,13 @@ def test_table(results):
     ]
     # 30, 32, 34: mean 32, deviation 2, error 2 / sqrt(3) = 1.15.
     assert rows[4] == [
-        *("Mask R-CNN", "3", "32.0 ± 1.2", "", "33.0", "34.0", "35.0", "36.0", "-"),
+        *("Mask R-CNN", "3", "32.0 ± 1.2", "", "", "33.0", "34.0", "35.0", "36.0", "-"),
         *("42.0 ± 1.2", "500", "250", "12.3", "5.7"),
     ]
     # Differences 1, 2, 3: mean 2, and 4.303 / sqrt(3) = 2.48 to either side.
-    assert rows[5][:4] == ["+ multi-scale training", "3", "34.0 ± 1.7", "+2.0 [-0.5, +4.5]"]
+    difference = "+2.0 [-0.5, +4.5]"
+    assert rows[5][:4] == ["+ multi-scale training", "3", "34.0 ± 1.7", difference]
+    assert rows[5][4] == difference  # the row above is Mask R-CNN
     assert rows[5][-2:] == ["-", "-"]
     alone = next(row for row in rows if row[0] == "only fully-connected fusion")
     assert alone[1:4] == ["1", "29.0", "-1.0"]  # from the one seed that both have
@@ -51,3 +53,13 @@ def test_plots(results, tmp_path):
     plot_curves(results, str(tmp_path / "curves.png"))
     plot_differences(results, str(tmp_path / "differences.png"))
     assert all((tmp_path / f"{n}.png").stat().st_size > 5000 for n in ("curves", "differences"))
+
+
+def test_the_whole_is_compared_with_mask_rcnn(tmp_path):
+    for rung, values in (("baseline", (30.0, 31.0)), ("+ff", (33.0, 33.5)), ("+hhd", (34.0, 36.0))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path, rung, seed, value)
+    last = [line for line in table(load_results(str(tmp_path)), {}).splitlines() if "box" in line]
+    above, whole = (cell.strip() for cell in last[-1].strip("|").split("|")[3:5])
+    # Differences 1 and 2.5 from +ff, 4 and 5 from Mask R-CNN; 12.71 / sqrt(2) times the deviation.
+    assert above == "+1.8 [-7.8, +11.3]" and whole == "+4.5 [-1.9, +10.9]"
