@@ -137,6 +137,10 @@ class Trainer(DefaultTrainer):
         """
         if not self.start_iter and comm.is_main_process():
             check_training_images(self.cfg)
+        final = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        if self.start_iter >= self.max_iter and not os.path.isfile(final):
+            # Killed when the last step was saved, but not yet under this name.
+            self.checkpointer.save("model_final", iteration=self.start_iter - 1)
         return super().train()
 
     def run_step(self) -> None:

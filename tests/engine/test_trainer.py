@@ -11,7 +11,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import get_event_storage
 
 from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
+from panet_d2.checkpoint import CheckpointError, RunCheckpointer
 from panet_d2.data.train_loader import seed_all
 from panet_d2.engine import Trainer, TrainingDiverged, latest_checkpoint, setup_config
 
@@ -105,6 +105,27 @@ class TestResume:
                 run(config_file, *opts, resume=True)
         torch.manual_seed(7)  # nothing may depend on what is left of this
         assert same(run(config_file, *opts, resume=True), expected)
+
+    def test_killed_before_the_last_save(self, config_file, tmp_path, monkeypatch):
+        """All steps are done and in a checkpoint, but not in that of the end."""
+        opts = (*self.OPTS, "OUTPUT_DIR", tmp_path / "killed")
+        real = RunCheckpointer.save
+
+        def save(self, name, **kwargs):
+            if name == "model_final":
+                raise KeyboardInterrupt
+            real(self, name, **kwargs)
+
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(RunCheckpointer, "save", save)
+            run(config_file, *opts)
+        assert latest_checkpoint(str(tmp_path / "killed")).endswith("model_0000005.pth")
+        weights = run(config_file, *opts, resume=True)
+        final = torch.load(tmp_path / "killed/model_final.pth")
+        assert final["iteration"] == 5 and same(final["model"], weights)
+        before = (tmp_path / "killed/model_final.pth").stat().st_mtime_ns
+        run(config_file, *opts, resume=True)  # nothing is left to do
+        assert (tmp_path / "killed/model_final.pth").stat().st_mtime_ns == before
 
     def test_the_seed_matters(self, config_file, tmp_path):
         seeds = [
