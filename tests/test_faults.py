@@ -67,8 +67,8 @@ def test_killed_at_random_moments(command, tmp_path):
             limit = whole_seconds * rng.uniform(0.1, 0.6 + 0.4 * (1 - reached / STEPS))
             try:
                 assert process.wait(limit) == 0  # done before its time: from the start again
-                os.rename(tmp_path / "killed", tmp_path / f"done{killed}")
-                compare(tmp_path / f"done{killed}", tmp_path / "whole")
+                compare(tmp_path / "killed", tmp_path / "whole")
+                os.rename(tmp_path / "killed", tmp_path / f"done{len(progress)}")
                 progress.append(0)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
