@@ -155,7 +155,7 @@ RUNGS = {
     "3_bpa": ("2_mbn", {"MODEL.BACKBONE.NAME"}),
     "4_afp": ("3_bpa", AFP_AFTER),
     "5_ff": ("4_afp", {f"{MASK}.NAME"}),
-    "6_hhd": ("5_ff", {f"{BOX}.NUM_CONV", f"{BOX}.AFP.ADAPTATION"}),
+    "6_hhd": ("5_ff", {f"{BOX}.NAME", f"{BOX}.NUM_CONV", f"{BOX}.AFP.ADAPTATION"}),
     "afp_before_max": ("2_mbn", AFP_BEFORE),
     "afp_before_sum": ("afp_before_max", AFP_FUSION),
     "afp_after_max": ("2_mbn", AFP_AFTER),

@@ -19,7 +19,7 @@ from detectron2.modeling import build_model
 from panet_d2 import ConfigError
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
 from panet_d2.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
-from panet_d2.ablation.runner import Run, run_all
+from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, run_all
 from panet_d2.benchmark.models import images, model_size, set_score_threshold, tame
 from panet_d2.benchmark.tasks import inference, training_step
 from panet_d2.benchmark.timing import interleaved
@@ -33,7 +33,7 @@ BASELINES = {
     "dsb2018": os.path.join(ROOT, "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml"),
     "shapes": os.path.join(ROOT, "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"),
 }
-EVALUATIONS = 8  # points of a run's curve
+EVALUATIONS = 6  # points of a run's curve
 QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 60}
 
 
@@ -94,17 +94,25 @@ def write_models(results: str, models: Dict[str, dict]) -> None:
         f.write("\n")
 
 
+def schedule(steps: int) -> List[str]:
+    """Config overrides for so many steps, the learning rate dropping where the configs' does."""
+    drops = [steps * 3 // 4, steps * 37 // 40]
+    return ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", str(drops)]
+
+
 def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
     """Make the JSON files that are missing."""
-    schedule: Dict[str, object] = {}
-    if args.steps:
-        drops = [args.steps * 3 // 4, args.steps * 37 // 40]
-        schedule = {"SOLVER.MAX_ITER": args.steps, "SOLVER.STEPS": drops}
-    opts = [str(o) for pair in schedule.items() for o in pair] + args.opts
+    opts = [*(schedule(args.steps) if args.steps else []), *args.opts]
     cfg = setup_config(config_file, opts)
     steps = cfg.SOLVER.MAX_ITER
     period = 0 if args.quick else max(1, steps // EVALUATIONS)
     opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
+    work = os.path.join(args.work, os.path.basename(results))
+    os.makedirs(results, exist_ok=True)
+    if args.pretrain:
+        baseline = overrides(RUNGS["baseline"])
+        run = Run("pretrain", 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
+        opts += ["MODEL.WEIGHTS", pretrained_resnet(run, work, results, TRAIN_NET)]
     # Seed by seed, so that a part of the work is a whole ladder.
     runs = [
         Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm), *opts))
@@ -112,10 +120,8 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
         for rung in args.rungs
     ]
     models = os.path.join(results, "models.json")
-    os.makedirs(results, exist_ok=True)
     if not os.path.isfile(models):
         write_models(results, describe_models(config_file, list(RUNGS)))
-    work = os.path.join(args.work, os.path.basename(results))
     return run_all(runs, work, results, TRAIN_NET, args.jobs)
 
 
@@ -127,6 +133,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="instead of groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="length of each run; the config's by default")
+    parser.add_argument(
+        "--pretrain",
+        type=int,
+        metavar="STEPS",
+        help="let all start from the ResNet of a Mask R-CNN that was trained so long before",
+    )
     parser.add_argument("--norm", default="GN", help="SyncBN on several GPUs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", help="JSON files and plots; docs/ablation/DATA by default")
@@ -161,7 +173,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if not args.quick:
             report(results, args.document, args.data)
         print(table(load_results(results), read_models(results)))
-    except (ConfigError, DataError, OSError) as e:
+    except (ConfigError, DataError, OSError, RunFailed) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0

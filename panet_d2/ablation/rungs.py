@@ -104,7 +104,9 @@ def overrides(rung: Rung, norm: str = "GN", scales: Tuple[int, int] = (192, 320)
     opts["MODEL.FPN.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_BOX_HEAD.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_MASK_HEAD.NORM"] = norm if has("norm") else ""
-    if has("norm"):
+    # The release has a norm behind both layers of its 2fc head, but none behind the one fc layer
+    # that follows four convs.
+    if has("norm") and not has("hhd"):
         opts["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCNormHead"
     if has("bpa"):
         opts["MODEL.BACKBONE.NAME"] = "build_resnet_pafpn_backbone"

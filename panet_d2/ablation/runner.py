@@ -14,12 +14,13 @@ from os import cpu_count
 from statistics import median
 from typing import Callable, Dict, List, Optional, Sequence
 
+import torch
 from tqdm import tqdm
 
 from ..checkpoint import atomic_open
 from ..evaluation import evaluations, losses, read_history
 
-__all__ = ["Run", "RunFailed", "execute", "result_of", "run_all"]
+__all__ = ["Run", "RunFailed", "execute", "pretrained_resnet", "result_of", "run_all"]
 
 
 class RunFailed(RuntimeError):
@@ -113,6 +114,32 @@ def result_of(run: Run, output: str) -> Dict:
         "seconds_per_step": median(line["time"] for line in trained.values() if "time" in line),
         "seconds_per_image": float(compute[-1]),
     }
+
+
+def pretrained_resnet(run: Run, work: str, results: str, train_net: str) -> str:
+    """
+    Train a model for its ResNet, unless that was done before. The paper's models start from a
+    ResNet trained on ImageNet; there is none as small as those of the ablation.
+
+    Args:
+        run, work, results, train_net: see :func:`execute`.
+
+    Returns:
+        str: path of a checkpoint with nothing but the ResNet.
+
+    Raises:
+        RunFailed: if training ends with an error.
+    """
+    path = os.path.join(work, f"{run.name}_resnet.pth")
+    if not os.path.isfile(path):
+        execute(run, work, results, train_net)
+        trained = torch.load(
+            os.path.join(work, run.name, "model_final.pth"), map_location="cpu", weights_only=False
+        )["model"]
+        resnet = {k: v for k, v in trained.items() if k.startswith("backbone.bottom_up.")}
+        with atomic_open(path, "wb") as f:
+            torch.save({"model": resnet}, f)
+    return path
 
 
 def run_all(

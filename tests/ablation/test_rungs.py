@@ -54,6 +54,12 @@ def test_model_has_the_parts(name):
     convs, fcs = cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.NUM_FC
     assert convs + fcs + moved == (5 if "hhd" in rung.parts else 2)
     assert cfg.MODEL.ROI_MASK_HEAD.NUM_CONV + moved == 4
+    # As in the release, no norm behind the fc layer that follows convs.
+    normed = [getattr(fc, "norm", None) is not None for fc in heads.box_head.fcs]
+    assert set(normed) == {"norm" in rung.parts and "hhd" not in rung.parts}
+    assert all(
+        (conv.norm is not None) == ("norm" in rung.parts) for conv in heads.box_head.conv_norm_relus
+    )
     assert type(heads) is StandardROIHeads or "afp" in rung.parts
 
 

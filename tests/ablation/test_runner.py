@@ -2,9 +2,10 @@ import json
 from os import cpu_count
 
 import pytest
+import torch
 
 from panet_d2.ablation import runner
-from panet_d2.ablation.runner import Run, RunFailed, result_of, run_all
+from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, result_of, run_all
 
 RUN = Run("+mst", 2, "config.yaml", ("A", 1))
 LOG = "Total inference pure compute time: 0:00:13 ({} s / iter per device, on 1 devices)\n"
@@ -75,6 +76,30 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert failures == ["seed 2 broke"] and sorted(done) == [0, 1, 2, 3]
     run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
     assert sorted(done) == [0, 1, 2, 2, 3]
+
+
+def test_resnet_is_trained_once(tmp_path, monkeypatch):
+    trained = []
+
+    def execute(run, work, results, train_net):
+        trained.append((run, results, train_net))
+        folder = tmp_path / run.name
+        folder.mkdir()
+        weights = {
+            "backbone.bottom_up.stem.w": torch.ones(2),
+            "backbone.fpn_lateral2.w": torch.ones(3),
+        }
+        torch.save({"model": weights, "iteration": 9}, folder / "model_final.pth")
+
+    monkeypatch.setattr(runner, "execute", execute)
+    for _ in range(2):
+        path = pretrained_resnet(RUN, str(tmp_path), "results", "train_net.py")
+    assert trained == [(RUN, "results", "train_net.py")]
+    weights = torch.load(path)["model"]
+    assert list(weights) == ["backbone.bottom_up.stem.w"] and weights.popitem()[1].tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_a_failure_says_where_its_log_is(tmp_path):

@@ -50,6 +50,28 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         )
 
 
+def test_all_start_from_one_resnet(tmp_path, monkeypatch):
+    seen = {}
+
+    def pretrained(run, work, results, train_net):
+        seen["donor"] = run
+        return "resnet.pth"
+
+    monkeypatch.setattr(tool, "pretrained_resnet", pretrained)
+    monkeypatch.setattr(tool, "describe_models", lambda *args: {})
+    monkeypatch.setattr(tool, "run_all", lambda runs, *args: seen.update(runs=runs) or ["failed"])
+    command = ["--data", "shapes", "--rungs", "baseline", "+ff", "--results", str(tmp_path / "r")]
+    command += ["--steps", "80", "--pretrain", "40", "--opts", "INPUT.MAX_SIZE_TEST", "300"]
+    assert tool.main(command) == 1
+    donor = seen["donor"]
+    assert donor.name == "pretrain_seed0" and "MODEL.BACKBONE.NAME" not in donor.opts
+    steps = ("SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "[30, 37]")
+    assert donor.opts[-6:] == ("INPUT.MAX_SIZE_TEST", "300", *steps)
+    for run in seen["runs"]:
+        place = run.opts.index("MODEL.WEIGHTS")
+        assert run.opts[place + 1] == "resnet.pth" and run.opts[-len(steps) :] != steps
+
+
 def test_models_are_described():
     models = tool.describe_models(tool.BASELINES["shapes"], ["baseline", "+ff"])
     assert models["+ff"]["gflops"] > models["baseline"]["gflops"] > 1
