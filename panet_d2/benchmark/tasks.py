@@ -37,11 +37,11 @@ def training_step(model: nn.Module, inputs: List[dict], amp: bool = False) -> Ca
         model, inputs, amp: see :func:`inference`; the model is put into training mode.
 
     Returns:
-        callable: runs the model, its gradients, and a step of SGD too small to change what the
-        next one finds.
+        callable: runs the model, its gradients, and a step of SGD of length zero: any other would
+        change what a model with random weights detects, and with it the cost of the next run.
     """
     device = next(model.parameters()).device.type
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-6)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
     scaler = torch.amp.GradScaler(device, enabled=amp)
 
     def run() -> None:

@@ -187,6 +187,16 @@ def test_works_on_any_backbone():
     assert list(model(torch.randn(1, 3, 32, 32))) == ["p3", "p4"]
 
 
+def test_channels_last_and_deformable_convs():
+    cfg = tiny_cfg("MODEL.PAFPN.CHANNELS_LAST", True)
+    bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, True, True]
+    with pytest.raises(ConfigError, match="CHANNELS_LAST is True.*DEFORM_ON_PER_STAGE"):
+        PAFPN(cfg, bottom_up, None)
+    cfg.MODEL.PAFPN.CHANNELS_LAST = False
+    assert not PAFPN(cfg, bottom_up, None).channels_last
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
 def test_channels_last(norm):
     """The same numbers, in another order in memory."""

@@ -133,8 +133,8 @@ class PAFPN(FPN):
             top_block (nn.Module or None): what makes the levels above N5.
 
         Raises:
-            ConfigError: if ``MODEL.FPN.IN_FEATURES`` do not form a pyramid, or a value of
-                ``MODEL.PAFPN`` is unknown.
+            ConfigError: if ``MODEL.FPN.IN_FEATURES`` do not form a pyramid, a value of
+                ``MODEL.PAFPN`` is unknown, or it asks for channels last of deformable convs.
         """
         try:
             _check_pyramid(
@@ -142,6 +142,13 @@ class PAFPN(FPN):
             )
         except ValueError as e:
             raise ConfigError(str(e)) from None
+        channels_last = checked(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False))
+        if channels_last and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+            raise ConfigError(
+                "MODEL.PAFPN.CHANNELS_LAST is True; it must be False where "
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convs, which take maps with "
+                "their channels first only."
+            )
         return {
             "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
@@ -152,7 +159,7 @@ class PAFPN(FPN):
             "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
             "bottom_up_input": checked(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
             "bias_before_norm": checked(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
-            "channels_last": checked(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False)),
+            "channels_last": channels_last,
         }
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
