@@ -110,9 +110,12 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     work = os.path.join(args.work, os.path.basename(results))
     os.makedirs(results, exist_ok=True)
     if args.pretrain:
-        baseline = overrides(RUNGS["baseline"])
+        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", args.norm)
         run = Run("pretrain", 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
-        opts += ["MODEL.WEIGHTS", pretrained_resnet(run, work, results, TRAIN_NET)]
+        resnet = pretrained_resnet(run, work, results, TRAIN_NET)
+        # As in the paper, the ResNet's own norms stay as they were trained before.
+        frozen = "FrozenBN" if args.norm.endswith("BN") else args.norm
+        opts += ["MODEL.RESNETS.NORM", frozen, "MODEL.WEIGHTS", resnet]
     # Seed by seed, so that a part of the work is a whole ladder.
     runs = [
         Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm), *opts))
@@ -139,7 +142,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         metavar="STEPS",
         help="let all start from the ResNet of a Mask R-CNN that was trained so long before",
     )
-    parser.add_argument("--norm", default="GN", help="SyncBN on several GPUs")
+    parser.add_argument(
+        "--norm",
+        default="BN",
+        help="SyncBN on several GPUs. GN depends on how images are padded, so that multi-scale "
+        "training, where they are, and inference, where they are not, do not fit together",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", help="JSON files and plots; docs/ablation/DATA by default")
     parser.add_argument("--work", default="output/ablation", help="output folders of the runs")

@@ -85,12 +85,12 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
 RUNGS: Dict[str, Rung] = {name: rung for group in GROUPS.values() for name, rung in group.items()}
 
 
-def overrides(rung: Rung, norm: str = "GN", scales: Tuple[int, int] = (192, 320)) -> List:
+def overrides(rung: Rung, norm: str = "BN", scales: Tuple[int, int] = (192, 320)) -> List:
     """
     Args:
         rung (Rung): the model.
         norm (str): that "norm" puts into neck and heads: "SyncBN" on several GPUs, as in the
-            paper, "GN" on one device.
+            paper, which is "BN" on one.
         scales (tuple[int, int]): shorter side of the training images that "mst" draws from.
 
     Returns:

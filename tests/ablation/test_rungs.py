@@ -41,7 +41,7 @@ def test_model_has_the_parts(name):
     model = build_model(cfg)
     heads, norms = model.roi_heads, [m for m in model.backbone.fpn_output2.children()]
     assert type(model.backbone) is (PAFPN if "bpa" in rung.parts else FPN)
-    assert any(isinstance(n, torch.nn.GroupNorm) for n in norms) == ("norm" in rung.parts)
+    assert any(isinstance(n, torch.nn.BatchNorm2d) for n in norms) == ("norm" in rung.parts)
     assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == ("range" if "mst" in rung.parts else "choice")
     for pooler in (heads.box_pooler, heads.mask_pooler):
         assert isinstance(pooler, AdaptiveROIPooler) == ("afp" in rung.parts)

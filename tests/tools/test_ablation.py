@@ -45,7 +45,7 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
     for run in seen["runs"]:  # nothing but the rung's own overrides differs
         assert run.opts[-10:] == (
             *("SOLVER.MAX_ITER", "80", "SOLVER.STEPS", "[60, 74]"),
-            *("TEST.DETECTIONS_PER_IMAGE", "50", "TEST.EVAL_PERIOD", "10"),
+            *("TEST.DETECTIONS_PER_IMAGE", "50", "TEST.EVAL_PERIOD", "13"),
             *("SOLVER.CHECKPOINT_PERIOD", "20"),
         )
 
@@ -67,7 +67,11 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
     assert donor.name == "pretrain_seed0" and "MODEL.BACKBONE.NAME" not in donor.opts
     steps = ("SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "[30, 37]")
     assert donor.opts[-6:] == ("INPUT.MAX_SIZE_TEST", "300", *steps)
+    place = donor.opts.index("MODEL.RESNETS.NORM")
+    assert donor.opts[place + 1] == "BN"
     for run in seen["runs"]:
+        place = run.opts.index("MODEL.RESNETS.NORM")
+        assert run.opts[place + 1] == "FrozenBN"
         place = run.opts.index("MODEL.WEIGHTS")
         assert run.opts[place + 1] == "resnet.pth" and run.opts[-len(steps) :] != steps
 
