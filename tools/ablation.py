@@ -23,7 +23,7 @@ from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, run_all
 from panet_d2.benchmark.models import images, model_size, set_score_threshold, tame
 from panet_d2.benchmark.tasks import inference, training_step
 from panet_d2.benchmark.timing import interleaved
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import CheckpointError, atomic_open
 from panet_d2.data import DataError
 from panet_d2.engine import setup_config
 
@@ -181,7 +181,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if not args.quick:
             report(results, args.document, args.data)
         print(table(load_results(results), read_models(results)))
-    except (ConfigError, DataError, OSError, RunFailed) as e:
+    except (CheckpointError, ConfigError, DataError, OSError, RunFailed) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0

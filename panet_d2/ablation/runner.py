@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint import atomic_open
+from ..checkpoint.safe_load import load_untrusted
 from ..evaluation import evaluations, losses, read_history
 
 __all__ = ["Run", "RunFailed", "execute", "pretrained_resnet", "result_of", "run_all"]
@@ -129,13 +130,12 @@ def pretrained_resnet(run: Run, work: str, results: str, train_net: str) -> str:
 
     Raises:
         RunFailed: if training ends with an error.
+        CheckpointError: if what it left cannot be read.
     """
     path = os.path.join(work, f"{run.name}_resnet.pth")
     if not os.path.isfile(path):
         execute(run, work, results, train_net)
-        trained = torch.load(
-            os.path.join(work, run.name, "model_final.pth"), map_location="cpu", weights_only=False
-        )["model"]
+        trained = load_untrusted(os.path.join(work, run.name, "model_final.pth"))["model"]
         resnet = {k: v for k, v in trained.items() if k.startswith("backbone.bottom_up.")}
         with atomic_open(path, "wb") as f:
             torch.save({"model": resnet}, f)
