@@ -37,20 +37,32 @@ EVALUATIONS = 6  # points of a run's curve
 QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 60}
 
 
-def describe_models(config_file: str, rungs: List[str]) -> Dict[str, dict]:
+def recorded_opts(results: str, rungs: List[str]) -> Dict[str, List[str]]:
+    """The overrides that the runs of each rung were made with; of those rungs that have runs."""
+    runs = {name: seeds for name, seeds in load_results(results).items() if name in rungs}
+    recorded = {name: next(iter(seeds.values()))["settings"] for name, seeds in runs.items()}
+    unused = ("config", "MODEL.WEIGHTS")  # weights change neither size nor time
+    return {
+        name: [part for k, v in settings.items() if k not in unused for part in (k, v)]
+        for name, settings in recorded.items()
+    }
+
+
+def describe_models(config_file: str, opts: Dict[str, List[str]]) -> Dict[str, dict]:
     """Parameters of each rung, and GFLOPs for an image of 256 x 256."""
-    models = {}
-    for name in rungs:
-        opts = [*map(str, overrides(RUNGS[name])), "MODEL.DEVICE", "cpu"]
-        models[name] = model_size(setup_config(config_file, opts, needed=()), 256, 256)
-    return models
+    return {
+        name: model_size(
+            setup_config(config_file, [*of_rung, "MODEL.DEVICE", "cpu"], needed=()), 256, 256
+        )
+        for name, of_rung in opts.items()
+    }
 
 
-def time_models(config_file: str, rungs: List[str], repeats: int) -> Dict[str, dict]:
+def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> Dict[str, dict]:
     """Seconds of a training step and of an inference, all models in turn, medians of many."""
     models = {}
-    for name in rungs:
-        cfg = setup_config(config_file, [*map(str, overrides(RUNGS[name]))], needed=())
+    for name, of_rung in opts.items():
+        cfg = setup_config(config_file, of_rung, needed=())
         models[name] = build_model(cfg)
     inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     for model in models.values():
@@ -59,7 +71,7 @@ def time_models(config_file: str, rungs: List[str], repeats: int) -> Dict[str, d
         "seconds_per_step": lambda model: training_step(model, inputs),
         "seconds_per_image": lambda model: inference(model, inputs[:1]),
     }
-    times: Dict[str, dict] = {name: {} for name in rungs}
+    times: Dict[str, dict] = {name: {} for name in opts}
     for key, task in tasks.items():
         runs = {name: task(model) for name, model in models.items()}
         for name, seconds in interleaved(runs, cfg.MODEL.DEVICE, repeats, warmup=2).items():
@@ -111,7 +123,9 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     os.makedirs(results, exist_ok=True)
     if args.pretrain:
         baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", args.norm)
-        run = Run("pretrain", 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
+        # Named by its length, so that no run starts from a ResNet of another.
+        name = f"pretrain{args.pretrain}"
+        run = Run(name, 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
         resnet = pretrained_resnet(run, work, results, TRAIN_NET)
         # As in the paper, the ResNet's own norms stay as they were trained before.
         frozen = "FrozenBN" if args.norm.endswith("BN") else args.norm
@@ -122,9 +136,8 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
         for seed in args.seeds
         for rung in args.rungs
     ]
-    models = os.path.join(results, "models.json")
-    if not os.path.isfile(models):
-        write_models(results, describe_models(config_file, list(RUNGS)))
+    if not os.path.isfile(os.path.join(results, "models.json")):
+        write_models(results, {})
     return run_all(runs, work, results, TRAIN_NET, args.jobs)
 
 
@@ -169,15 +182,21 @@ def main(argv: Optional[List[str]] = None) -> int:
     args.rungs = args.rungs or [name for group in args.groups for name in GROUPS[group]]
     results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
     try:
+        config_file = args.config_file or BASELINES[args.data]
         if args.time:
             models = read_models(results)
-            timed = time_models(args.config_file or BASELINES[args.data], args.rungs, args.time)
-            write_models(results, {n: {**m, **timed.get(n, {})} for n, m in models.items()})
+            opts = recorded_opts(results, args.rungs)
+            for name, times in time_models(config_file, opts, args.time).items():
+                models.setdefault(name, {}).update(times)
+            write_models(results, models)
         elif not args.report:
-            failures = train(args, args.config_file or BASELINES[args.data], results)
+            failures = train(args, config_file, results)
             if failures:
                 print("\n".join(f"error: {line}" for line in failures), file=sys.stderr)
                 return 1
+            models = read_models(results)
+            opts = recorded_opts(results, [n for n in RUNGS if n not in models])
+            write_models(results, {**models, **describe_models(config_file, opts)})
         if not args.quick:
             report(results, args.document, args.data)
         print(table(load_results(results), read_models(results)))

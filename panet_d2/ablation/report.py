@@ -10,13 +10,17 @@ from typing import Dict, List
 
 from tabulate import tabulate
 
+from ..data import DataError
 from ..evaluation.plots import pyplot, save_figure
-from .rungs import GROUPS, LADDER, RUNGS
+from .rungs import GROUPS, LADDER, RUNGS, overrides
 from .statistics import paired_difference, standard_error
 
 __all__ = ["load_results", "plot_curves", "plot_differences", "table"]
 
 Results = Dict[str, Dict[int, dict]]  # by rung and seed
+
+# What rungs differ in.
+_RUNG_KEYS = {key for rung in RUNGS.values() for key in overrides(rung)[::2]}
 
 _BASELINE, _FULL = list(LADDER)[0], list(LADDER)[-1]
 
@@ -35,14 +39,27 @@ def load_results(folder: str) -> Results:
 
     Returns:
         dict[str, dict[int, dict]]: the runs, by rung and seed.
+
+    Raises:
+        DataError: if they differ in more than rung and seed, and so cannot be compared.
     """
     results: Results = defaultdict(dict)
+    first = None
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             with open(os.path.join(folder, name)) as f:
                 run = json.load(f)
-            if run.get("rung") in RUNGS:
-                results[run["rung"]][run["seed"]] = run
+            if run.get("rung") not in RUNGS:
+                continue
+            shared = {k: v for k, v in run.get("settings", {}).items() if k not in _RUNG_KEYS}
+            first = first or (name, shared)
+            for key in {**shared, **first[1]}:
+                if shared.get(key) != first[1].get(key):
+                    raise DataError(
+                        f"{folder} holds runs that cannot be compared: {key} is {shared.get(key)} "
+                        f"in {name}, {first[1].get(key)} in {first[0]}."
+                    )
+            results[run["rung"]][run["seed"]] = run
     return dict(results)
 
 

@@ -49,10 +49,35 @@ class Run:
     def name(self) -> str:
         return f"{self.rung}_seed{self.seed}"
 
+    @property
+    def settings(self) -> Dict[str, str]:
+        """
+        Config and overrides as text, for the JSON file. Of the ResNet that it starts from only the
+        file's name: the folder is another on each machine.
+        """
+        opts = {str(key): str(value) for key, value in zip(self.opts[::2], self.opts[1::2])}
+        if "MODEL.WEIGHTS" in opts:
+            opts["MODEL.WEIGHTS"] = os.path.basename(opts["MODEL.WEIGHTS"])
+        return {"config": os.path.basename(self.config_file), **opts}
+
 
 def result_file(results: str, run: Run) -> str:
     """Path of a run's JSON file in the folder ``results``."""
     return os.path.join(results, f"{run.name}.json")
+
+
+def _check_settings(run: Run, path: str) -> None:
+    """Raise RunFailed where the JSON file of a run says that it was another one."""
+    with open(path) as f:
+        found = json.load(f).get("settings", {})
+    wanted = run.settings
+    differ = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
+    if differ:
+        key = differ[0]
+        raise RunFailed(
+            f"{path} is of a run with other settings ({key} {found.get(key)}, now "
+            f"{wanted.get(key)}): delete it, or let this one write elsewhere."
+        )
 
 
 def execute(
@@ -69,10 +94,16 @@ def execute(
         threads (int): of the CPU, that the run may use; None for torch's own choice.
 
     Raises:
-        RunFailed: if training ends with an error.
+        RunFailed: if training ends with an error, or was begun with other settings.
     """
     output = os.path.join(work, run.name)
     os.makedirs(output, exist_ok=True)
+    begun = os.path.join(output, "run.json")
+    if os.path.isfile(begun):
+        _check_settings(run, begun)
+    else:
+        with atomic_open(begun) as f:
+            json.dump({"settings": run.settings}, f)
     opts = [*run.opts, "SEED", run.seed, "OUTPUT_DIR", output]
     command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
     command += ["--resume", *map(str, opts)]
@@ -108,6 +139,7 @@ def result_of(run: Run, output: str) -> Dict:
     return {
         "rung": run.rung,
         "seed": run.seed,
+        "settings": run.settings,
         "steps": max(evaluated),
         "results": {k: v for k, v in last.items() if k.startswith(("bbox/AP", "segm/AP"))},
         "curve": {step: line["segm/AP"] for step, line in evaluated.items()},
@@ -161,8 +193,14 @@ def run_all(
 
     Returns:
         list[str]: what went wrong, a line for each run that failed.
+
+    Raises:
+        RunFailed: before anything is trained, if a JSON file is of a run with other settings.
     """
     os.makedirs(results, exist_ok=True)
+    for run in runs:
+        if os.path.isfile(result_file(results, run)):
+            _check_settings(run, result_file(results, run))
     todo = [run for run in runs if not os.path.isfile(result_file(results, run))]
     failures: List[str] = []
     threads = max(1, cpu_count() // jobs) if jobs > 1 else None

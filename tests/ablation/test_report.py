@@ -4,13 +4,17 @@ from math import nan
 import pytest
 
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
+from panet_d2.ablation.rungs import RUNGS, overrides
+from panet_d2.ablation.runner import Run
+from panet_d2.data import DataError
 
 
-def write_run(folder, rung, seed, ap):
+def write_run(folder, rung, seed, ap, opts=()):
     metrics = {f"segm/AP{kind}": ap + i for i, kind in enumerate(("", "50", "75", "s", "m"))}
     content = {
         "rung": rung,
         "seed": seed,
+        "settings": Run(rung, seed, "config.yaml", (*overrides(RUNGS[rung]), *opts)).settings,
         "results": {**metrics, "segm/APl": nan, "bbox/AP": ap + 10},
         "curve": {10: ap / 2, 20: ap},
         "seconds_per_step": 0.5,
@@ -63,3 +67,13 @@ def test_the_whole_is_compared_with_mask_rcnn(tmp_path):
     above, whole = (cell.strip() for cell in last[-1].strip("|").split("|")[3:5])
     # Differences 1 and 2.5 from +ff, 4 and 5 from Mask R-CNN; 12.71 / sqrt(2) times the deviation.
     assert above == "+1.8 [-7.8, +11.3]" and whole == "+4.5 [-1.9, +10.9]"
+
+
+def test_runs_that_differ_in_more_than_their_rung_are_not_compared(tmp_path):
+    write_run(tmp_path, "baseline", 1, 30.0, ("SOLVER.MAX_ITER", 600))
+    write_run(tmp_path, "+hhd", 1, 31.0, ("SOLVER.MAX_ITER", "600"))
+    assert len(load_results(str(tmp_path))) == 2
+    for opts in (("SOLVER.MAX_ITER", 800), ()):
+        write_run(tmp_path, "+hhd", 2, 32.0, opts)
+        with pytest.raises(DataError, match="SOLVER.MAX_ITER is (800|None) in .*, 600 in"):
+            load_results(str(tmp_path))

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from os import cpu_count
 
 import pytest
@@ -30,6 +31,7 @@ def test_result_of_a_resumed_run(tmp_path):
     assert result_of(RUN, str(tmp_path)) == {
         "rung": "+mst",
         "seed": 2,
+        "settings": {"config": "config.yaml", "A": "1"},
         "steps": 4,
         "results": {"segm/AP": 20.0, "segm/AP50": 30.0},
         "curve": {2: 10.0, 4: 20.0},
@@ -69,13 +71,48 @@ def test_what_is_done_is_not_done_again(tmp_path):
         done.append(run.seed)
         if run.seed == 2:
             raise RunFailed("seed 2 broke")
-        (tmp_path / f"{run.name}.json").write_text("{}")
+        written = json.dumps({"settings": run.settings})
+        (tmp_path / f"{run.name}.json").write_text(written)
 
     assert run_all(runs[:2], "work", str(tmp_path), "train_net.py", execute=execute) == []
     failures = run_all(runs, "work", str(tmp_path), "train_net.py", jobs=2, execute=execute)
     assert failures == ["seed 2 broke"] and sorted(done) == [0, 1, 2, 3]
     run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
     assert sorted(done) == [0, 1, 2, 2, 3]
+
+
+def test_settings_have_no_folders():
+    opts = ("SOLVER.STEPS", [3, 4], "MODEL.WEIGHTS", "/somewhere/resnet.pth")
+    settings = {"config": "c.yaml", "SOLVER.STEPS": "[3, 4]", "MODEL.WEIGHTS": "resnet.pth"}
+    assert Run("baseline", 1, "/home/c.yaml", opts).settings == settings
+
+
+def test_runs_of_other_settings_do_not_count(tmp_path):
+    def execute(run, *args):
+        pytest.fail("nothing may be trained")
+
+    path = tmp_path / f"{RUN.name}.json"
+    for settings in ({"config": "config.yaml", "A": "2"}, {"config": "config.yaml"}, {}):
+        path.write_text(json.dumps({"settings": settings}))
+        with pytest.raises(RunFailed, match=r"mst_seed2.json .*(A|config) (2|None), now"):
+            run_all(
+                [Run("+ff", 2, "config.yaml", ()), RUN],
+                "work",
+                str(tmp_path),
+                "train_net.py",
+                execute=execute,
+            )
+
+
+def test_a_run_begun_with_other_settings_does_not_go_on(tmp_path):
+    train_net = tmp_path / "train_net.py"
+    train_net.write_text("import sys; sys.exit('broken')")
+    run = partial(runner.execute, work=str(tmp_path), results="", train_net=str(train_net))
+    for _ in range(2):  # the same goes on
+        with pytest.raises(RunFailed, match="ended with 1"):
+            run(RUN)
+    with pytest.raises(RunFailed, match="other settings.*A 1, now 3"):
+        run(Run(RUN.rung, RUN.seed, RUN.config_file, ("A", 3)))
 
 
 def test_resnet_is_trained_once(tmp_path, monkeypatch):

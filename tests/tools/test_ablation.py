@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from detectron2.modeling import build_model
 
 from panet_d2.ablation.report import load_results, table
 
@@ -36,7 +37,6 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         return ["one failed"]
 
     monkeypatch.setattr(tool, "run_all", run_all)
-    monkeypatch.setattr(tool, "describe_models", lambda *args: {})
     command = ["--data", "shapes", "--rungs", "baseline", "+ff", "--seeds", "3", "5"]
     command += ["--results", str(tmp_path / "r"), "--steps", "80", "--jobs", "2"]
     assert tool.main([*command, "--opts", "TEST.DETECTIONS_PER_IMAGE", "50"]) == 1
@@ -58,13 +58,12 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
         return "resnet.pth"
 
     monkeypatch.setattr(tool, "pretrained_resnet", pretrained)
-    monkeypatch.setattr(tool, "describe_models", lambda *args: {})
     monkeypatch.setattr(tool, "run_all", lambda runs, *args: seen.update(runs=runs) or ["failed"])
     command = ["--data", "shapes", "--rungs", "baseline", "+ff", "--results", str(tmp_path / "r")]
     command += ["--steps", "80", "--pretrain", "40", "--opts", "INPUT.MAX_SIZE_TEST", "300"]
     assert tool.main(command) == 1
     donor = seen["donor"]
-    assert donor.name == "pretrain_seed0" and "MODEL.BACKBONE.NAME" not in donor.opts
+    assert donor.name == "pretrain40_seed0" and "MODEL.BACKBONE.NAME" not in donor.opts
     steps = ("SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "[30, 37]")
     assert donor.opts[-6:] == ("INPUT.MAX_SIZE_TEST", "300", *steps)
     place = donor.opts.index("MODEL.RESNETS.NORM")
@@ -77,7 +76,8 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
 
 
 def test_models_are_described():
-    models = tool.describe_models(tool.BASELINES["shapes"], ["baseline", "+ff"])
+    opts = {n: [*map(str, tool.overrides(tool.RUNGS[n]))] for n in ("baseline", "+ff")}
+    models = tool.describe_models(tool.BASELINES["shapes"], opts)
     assert models["+ff"]["gflops"] > models["baseline"]["gflops"] > 1
     assert models["+ff"]["million_parameters"] > models["baseline"]["million_parameters"] > 10
 
@@ -96,16 +96,20 @@ def test_document_holds_the_table_of_the_runs(data, tmp_path):
     assert Path(copy).read_text() == document.read_text()
 
 
-def test_models_are_timed_side_by_side(tmp_path):
+def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     results, document = tmp_path / "results", tmp_path / "document.md"
     results.mkdir()
+    frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.WEIGHTS", "elsewhere.pth")
     for rung in ("baseline", "+mst"):
-        write_run(results, rung, 1, 30.0)
+        write_run(results, rung, 1, 30.0, frozen)
     sizes = {"million_parameters": 1.0, "gflops": 2.0}
     (results / "models.json").write_text(json.dumps({"baseline": sizes, "+mst": sizes}))
+    built = []
+    monkeypatch.setattr(tool, "build_model", lambda cfg: built.append(cfg) or build_model(cfg))
     document.write_text("<!-- table dsb2018 -->\n<!-- end -->\n")
     command = ["--time", "1", "--rungs", "baseline", "--results", str(results)]
     assert tool.main([*command, "--document", str(document)]) == 0
+    assert [cfg.MODEL.RESNETS.NORM for cfg in built] == ["FrozenBN"]  # as it was trained
     models = json.loads((results / "models.json").read_text())
     assert models["+mst"] == sizes and models["baseline"].items() > sizes.items()
     timed = models["baseline"]["seconds_per_step"], models["baseline"]["seconds_per_image"]
