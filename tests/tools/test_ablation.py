@@ -68,7 +68,9 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
     assert donor.opts[-6:] == ("INPUT.MAX_SIZE_TEST", "300", *steps)
     place = donor.opts.index("MODEL.RESNETS.NORM")
     assert donor.opts[place + 1] == "BN"
+    assert "MODEL.BACKBONE.FREEZE_AT" not in donor.opts  # it has nothing to keep
     for run in seen["runs"]:
+        assert run.opts[run.opts.index("MODEL.BACKBONE.FREEZE_AT") + 1] == "2"
         place = run.opts.index("MODEL.RESNETS.NORM")
         assert run.opts[place + 1] == "FrozenBN"
         place = run.opts.index("MODEL.WEIGHTS")
