@@ -68,6 +68,8 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
         f"no_{part}": Rung(f"all but {title}", _ALL - {part}, below=_FULL)
         for part, title in PARTS.items()
     },
+    # What the paper adds to the model itself, without what it trains with and the bigger box head.
+    "ideas": {"ideas": Rung("the three ideas", frozenset(["bpa", "afp", "ff"]), below="baseline")},
     "fusion": {
         f"{'before' if before else 'after'}_{fusion}": Rung(
             f"{fusion} {'before' if before else 'behind'} the first layer",
