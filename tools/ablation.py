@@ -40,6 +40,9 @@ FINE_TUNING = [
     *("MODEL.BACKBONE.FREEZE_AT", "2", "SOLVER.BASE_LR", "0.0012"),
     *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
 ]
+# Takes a quarter off the time of Mask R-CNN's step, nearly half off the whole PANet's; the shapes'
+# config says the same.
+FEWER_PROPOSALS = {"dsb2018": ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"]}
 QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 60}
 
 
@@ -120,8 +123,8 @@ def schedule(steps: int) -> List[str]:
 
 def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
     """Make the JSON files that are missing."""
-    opts = [*(FINE_TUNING if args.pretrain else []), *(schedule(args.steps) if args.steps else [])]
-    opts += args.opts
+    opts = [*FINE_TUNING, *FEWER_PROPOSALS.get(args.data, [])] if args.pretrain else []
+    opts += [*(schedule(args.steps) if args.steps else []), *args.opts]
     cfg = setup_config(config_file, opts)
     steps = cfg.SOLVER.MAX_ITER
     period = 0 if args.quick else max(1, steps // EVALUATIONS)

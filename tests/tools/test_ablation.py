@@ -1,11 +1,13 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from detectron2.modeling import build_model
 
 from panet_d2.ablation.report import load_results, table
+from panet_d2.engine import setup_config
 
 from ..ablation.test_report import write_run
 from ..common import ROOT, load_script
@@ -50,8 +52,10 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         )
 
 
-def test_all_start_from_one_resnet(tmp_path, monkeypatch):
+@pytest.mark.parametrize("data", list(tool.BASELINES))
+def test_all_start_from_one_resnet(data, tmp_path, monkeypatch):
     seen = {}
+    monkeypatch.setattr(tool, "setup_config", partial(setup_config, needed=()))  # without the data
 
     def pretrained(run, work, results, train_net):
         seen["donor"] = run
@@ -59,7 +63,7 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tool, "pretrained_resnet", pretrained)
     monkeypatch.setattr(tool, "run_all", lambda runs, *args: seen.update(runs=runs) or ["failed"])
-    command = ["--data", "shapes", "--rungs", "baseline", "+ff", "--results", str(tmp_path / "r")]
+    command = ["--data", data, "--rungs", "baseline", "+ff", "--results", str(tmp_path / "r")]
     command += ["--steps", "80", "--pretrain", "40", "--opts", "INPUT.MAX_SIZE_TEST", "300"]
     assert tool.main(command) == 1
     donor = seen["donor"]
@@ -70,7 +74,9 @@ def test_all_start_from_one_resnet(tmp_path, monkeypatch):
     assert donor.opts[place + 1] == "BN"
     assert "MODEL.BACKBONE.FREEZE_AT" not in donor.opts  # it has nothing to keep
     for run in seen["runs"]:
-        assert run.opts[run.opts.index("MODEL.BACKBONE.FREEZE_AT") + 1] == "2"
+        cfg = setup_config(run.config_file, run.opts, needed=())
+        assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+        assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 64
         place = run.opts.index("MODEL.RESNETS.NORM")
         assert run.opts[place + 1] == "FrozenBN"
         place = run.opts.index("MODEL.WEIGHTS")
