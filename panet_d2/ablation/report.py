@@ -28,7 +28,7 @@ _GROUP_TITLES = {
     "ladder": "The ladder",
     "alone": "Each part alone, compared with Mask R-CNN",
     "without": "The whole without a part, compared with the whole",
-    "ideas": "Bottom-up path, adaptive pooling and fusion alone, compared with Mask R-CNN",
+    "ideas": "Bottom-up path, adaptive pooling and fusion, compared with Mask R-CNN trained alike",
     "fusion": "How and where levels are fused, compared with the whole",
 }
 

@@ -16,6 +16,7 @@ PARTS: Dict[str, str] = {
     "hhd": "heavier box head",
 }
 _ALL = frozenset(PARTS)
+_IDEAS = frozenset(["bpa", "afp", "ff"])
 _AFP_KEYS = tuple(f"MODEL.ROI_{head}_HEAD.AFP" for head in ("BOX", "MASK"))
 
 
@@ -68,8 +69,12 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
         f"no_{part}": Rung(f"all but {title}", _ALL - {part}, below=_FULL)
         for part, title in PARTS.items()
     },
-    # What the paper adds to the model itself, without what it trains with and the bigger box head.
-    "ideas": {"ideas": Rung("the three ideas", frozenset(["bpa", "afp", "ff"]), below="baseline")},
+    # What the paper adds to the model itself, without what it trains with and the bigger box head;
+    # and beside a Mask R-CNN that has the norm as well.
+    "ideas": {
+        "ideas": Rung("the three ideas", _IDEAS, below="baseline"),
+        "normed_ideas": Rung("the three ideas, with a norm", _IDEAS | {"norm"}, below="only_norm"),
+    },
     "fusion": {
         f"{'before' if before else 'after'}_{fusion}": Rung(
             f"{fusion} {'before' if before else 'behind'} the first layer",
