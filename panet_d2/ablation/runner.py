@@ -198,10 +198,13 @@ def run_all(
         RunFailed: before anything is trained, if a JSON file is of a run with other settings.
     """
     os.makedirs(results, exist_ok=True)
+    todo = []
     for run in runs:
-        if os.path.isfile(result_file(results, run)):
-            _check_settings(run, result_file(results, run))
-    todo = [run for run in runs if not os.path.isfile(result_file(results, run))]
+        path = result_file(results, run)
+        if os.path.isfile(path):
+            _check_settings(run, path)
+        else:
+            todo.append(run)
     failures: List[str] = []
     threads = max(1, cpu_count() // jobs) if jobs > 1 else None
     # Started with those that are done, so that the time left is that of what is left.
