@@ -196,6 +196,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.time:
             models = read_models(results)
             opts = recorded_opts(results, args.rungs)
+            if not opts:
+                raise DataError(f"{results} has no runs of {', '.join(args.rungs)} to time.")
             for name, times in time_models(config_file, opts, args.time).items():
                 models.setdefault(name, {}).update(times)
             write_models(results, models)

@@ -126,3 +126,11 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     baseline, mst = ([cell.strip() for cell in row] for row in rows)
     assert {f"{1e3 * seconds:.0f}" for seconds in timed} <= set(baseline)
     assert {"500", "250"} <= set(mst)  # its own run's
+
+
+def test_models_without_runs_are_not_timed(tmp_path, capsys):
+    write_run(tmp_path, "baseline", 1, 30.0)
+    (tmp_path / "models.json").write_text("{}")
+    command = ["--time", "1", "--rungs", "+bpa", "--results", str(tmp_path)]
+    assert tool.main(command) == 2
+    assert "has no runs of +bpa" in capsys.readouterr().err
