@@ -105,7 +105,11 @@ def report(results: str, document: str, data: str) -> None:
 
 
 def read_models(results: str) -> Dict[str, dict]:
-    with open(os.path.join(results, "models.json")) as f:
+    """Sizes and times of the rungs, as far as they were measured."""
+    path = os.path.join(results, "models.json")
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as f:
         return json.load(f)
 
 
@@ -146,8 +150,6 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
         for seed in args.seeds
         for rung in args.rungs
     ]
-    if not os.path.isfile(os.path.join(results, "models.json")):
-        write_models(results, {})
     return run_all(runs, work, results, TRAIN_NET, args.jobs)
 
 

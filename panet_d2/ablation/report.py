@@ -13,6 +13,7 @@ from tabulate import tabulate
 from ..data import DataError
 from ..evaluation.plots import pyplot, save_figure
 from .rungs import GROUPS, LADDER, RUNGS, overrides
+from .runner import differing_key
 from .statistics import paired_difference, standard_error
 
 __all__ = ["load_results", "plot_curves", "plot_differences", "table"]
@@ -54,12 +55,12 @@ def load_results(folder: str) -> Results:
                 continue
             shared = {k: v for k, v in run.get("settings", {}).items() if k not in _RUNG_KEYS}
             first = first or (name, shared)
-            for key in {**shared, **first[1]}:
-                if shared.get(key) != first[1].get(key):
-                    raise DataError(
-                        f"{folder} holds runs that cannot be compared: {key} is {shared.get(key)} "
-                        f"in {name}, {first[1].get(key)} in {first[0]}."
-                    )
+            key = differing_key(shared, first[1])
+            if key:
+                raise DataError(
+                    f"{folder} holds runs that cannot be compared: {key} is {shared.get(key)} "
+                    f"in {name}, {first[1].get(key)} in {first[0]}."
+                )
             results[run["rung"]][run["seed"]] = run
     return dict(results)
 

@@ -21,7 +21,15 @@ from ..checkpoint import atomic_open
 from ..checkpoint.safe_load import load_untrusted
 from ..evaluation import evaluations, losses, read_history
 
-__all__ = ["Run", "RunFailed", "execute", "pretrained_resnet", "result_of", "run_all"]
+__all__ = [
+    "Run",
+    "RunFailed",
+    "differing_key",
+    "execute",
+    "pretrained_resnet",
+    "result_of",
+    "run_all",
+]
 
 
 class RunFailed(RuntimeError):
@@ -66,17 +74,20 @@ def result_file(results: str, run: Run) -> str:
     return os.path.join(results, f"{run.name}.json")
 
 
+def differing_key(settings: Dict[str, str], others: Dict[str, str]) -> Optional[str]:
+    """First key that two runs' settings differ in, or that only one has; None if there is none."""
+    return next((k for k in {**settings, **others} if settings.get(k) != others.get(k)), None)
+
+
 def _check_settings(run: Run, path: str) -> None:
     """Raise RunFailed where the JSON file of a run says that it was another one."""
     with open(path) as f:
         found = json.load(f).get("settings", {})
-    wanted = run.settings
-    differ = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
-    if differ:
-        key = differ[0]
+    key = differing_key(run.settings, found)
+    if key:
         raise RunFailed(
             f"{path} is of a run with other settings ({key} {found.get(key)}, now "
-            f"{wanted.get(key)}): delete it, or let this one write elsewhere."
+            f"{run.settings.get(key)}): delete it, or let this one write elsewhere."
         )
 
 

@@ -29,7 +29,6 @@ def results(tmp_path):
         write_run(tmp_path, "baseline", seed, low)
         write_run(tmp_path, "+mst", seed, high)
     write_run(tmp_path, "only_ff", 0, 29.0)
-    (tmp_path / "models.json").write_text("{}")
     return load_results(str(tmp_path))
 
 

@@ -19,7 +19,6 @@ def test_report_fills_its_place_in_the_document(tmp_path):
     results, document = tmp_path / "results", tmp_path / "document.md"
     results.mkdir()
     write_run(results, "baseline", 1, 30.0)
-    (results / "models.json").write_text("{}")
     document.write_text("before\n<!-- table dsb2018 -->\nold\n<!-- end -->\nafter\n")
     command = ["--report", "--results", str(results), "--document", str(document)]
     assert tool.main(command) == 0
@@ -130,7 +129,6 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
 
 def test_models_without_runs_are_not_timed(tmp_path, capsys):
     write_run(tmp_path, "baseline", 1, 30.0)
-    (tmp_path / "models.json").write_text("{}")
     command = ["--time", "1", "--rungs", "+bpa", "--results", str(tmp_path)]
     assert tool.main(command) == 2
     assert "has no runs of +bpa" in capsys.readouterr().err
