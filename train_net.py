@@ -29,6 +29,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
+    Trainer.check_test_aug(cfg)
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
         # Before anything is written there.
         raise CheckpointError(

@@ -137,6 +137,13 @@ def test_resumes_where_it_stopped(folder):
         ),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "5", "OUTPUT_DIR", "{new}"], "is 5.*has 3 classes"),
         (["MODEL.ROI_BOX_HEAD.AFP.FUSION", "or", "OUTPUT_DIR", "{new}"], "AFP.FUSION is 'or'"),
+        (
+            [
+                *("TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"),
+                *("MODEL.RETINANET.NUM_CLASSES", "3", "OUTPUT_DIR", "{new}"),
+            ],
+            "TEST.AUG.ENABLED .*RetinaNet",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(folder, args, message):

@@ -16,14 +16,19 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    GeneralizedRCNNWithTTA,
+    PanopticFPN,
+)
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 
 from ..checkpoint import RunCheckpointer, StrictCheckpointer
-from ..config import checked
+from ..config import ConfigError, checked
 from ..data import NamedImageMapper
 from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
@@ -202,6 +207,31 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def check_test_aug(cls, cfg: CfgNode) -> None:
+        """
+        Say at once, and not after training, what :class:`GeneralizedRCNNWithTTA` cannot do.
+
+        Args:
+            cfg (CfgNode): the config of the run.
+
+        Raises:
+            ConfigError: if ``TEST.AUG`` is enabled and does not know the model.
+        """
+        if not cfg.TEST.AUG.ENABLED:
+            return
+        name = cfg.MODEL.META_ARCHITECTURE
+        architecture = META_ARCH_REGISTRY.get(name)
+        # Of a panoptic model it gives the instances alone, and the evaluators ask for the rest.
+        if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
+            raise ConfigError(
+                f"TEST.AUG.ENABLED must be False with MODEL.META_ARCHITECTURE {name}: "
+                "test-time augmentation is for GeneralizedRCNN."
+            )
+        for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+            if getattr(cfg.MODEL, key):
+                raise ConfigError(f"TEST.AUG.ENABLED must be False where MODEL.{key} is True.")
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:

@@ -204,6 +204,26 @@ class TestFullDisk:
         run(config_file, *opts, resume=True)
 
 
+class TestTimeAugmentation:
+    @pytest.mark.parametrize(
+        "opts, message",
+        [
+            (("MODEL.META_ARCHITECTURE", "RetinaNet"), "TEST.AUG.ENABLED.*ARCHITECTURE RetinaNet"),
+            (("MODEL.META_ARCHITECTURE", "PanopticFPN"), "TEST.AUG.ENABLED.*PanopticFPN"),
+            (("MODEL.KEYPOINT_ON", True), "TEST.AUG.ENABLED.*MODEL.KEYPOINT_ON"),
+            (("MODEL.LOAD_PROPOSALS", True), "TEST.AUG.ENABLED.*MODEL.LOAD_PROPOSALS"),
+        ],
+    )
+    def test_what_it_cannot_do_is_refused_at_once(self, opts, message):
+        Trainer.check_test_aug(tiny_cfg(*opts))  # which it is not asked for
+        with pytest.raises(ConfigError, match=message):
+            Trainer.check_test_aug(tiny_cfg("TEST.AUG.ENABLED", True, *opts))
+
+    def test_rcnn_of_any_kind(self):
+        Trainer.check_test_aug(tiny_cfg("TEST.AUG.ENABLED", True))
+        Trainer.check_test_aug(tiny_cfg("TEST.AUG.ENABLED", True, "MODEL.MASK_ON", False))
+
+
 class TestOptimizer:
     def test_default_is_detectron2s(self):
         cfg = tiny_cfg()
