@@ -286,22 +286,23 @@ class _RoIAlignLevels(torch.autograd.Function):
         channels = ctx.shapes[0][-1]
         if len(boxes):
             grid, block = _launch(len(boxes), channels, ctx.output_size)
-            _backward_kernel[grid](
-                gradients,
-                *_sizes(ctx.shapes),
-                ctx.scales,
-                boxes,
-                upstream,
-                winners,
-                1,
-                channels,
-                *ctx.output_size,
-                LEVELS=len(gradients),
-                RATIO=ctx.ratio,
-                ALIGNED=ctx.aligned,
-                FUSE=TRITON_FUSIONS[ctx.fuse],
-                **block,
-            )
+            with torch.cuda.device_of(boxes):
+                _backward_kernel[grid](
+                    gradients,
+                    *_sizes(ctx.shapes),
+                    ctx.scales,
+                    boxes,
+                    upstream,
+                    winners,
+                    1,
+                    channels,
+                    *ctx.output_size,
+                    LEVELS=len(gradients),
+                    RATIO=ctx.ratio,
+                    ALIGNED=ctx.aligned,
+                    FUSE=TRITON_FUSIONS[ctx.fuse],
+                    **block,
+                )
         results = [g.permute(0, 3, 1, 2).to(ctx.dtype) for g in gradients]
         return (None, None, None, None, None, None, *results)
 
@@ -371,6 +372,8 @@ def roi_align_levels_triton(
         Tensor: of the type of the features, with the channels last in memory; shape
         (L, M, C, h, w) where ``fuse`` is None, else (M, C, h, w).
     """
-    return _RoIAlignLevels.apply(
-        boxes.detach(), scales, output_size, sampling_ratio, aligned, fuse, *features
-    )
+    # Triton launches on the current device, which need not be the one that the tensors are on.
+    with torch.cuda.device_of(boxes):
+        return _RoIAlignLevels.apply(
+            boxes.detach(), scales, output_size, sampling_ratio, aligned, fuse, *features
+        )

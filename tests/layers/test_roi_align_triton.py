@@ -250,6 +250,46 @@ def test_what_is_not_covered(monkeypatch):
     assert not kernels.covers(features, 2)
 
 
+def test_launches_on_the_device_of_the_tensors(monkeypatch):
+    """Which need not be the current one, as with MODEL.DEVICE cuda:1."""
+    log = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            log.append(self.device.type)
+
+        def __exit__(self, *args):
+            log.append("end")
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: log.append(self.name)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(kernels, f"_{name}_kernel", Kernel(name))
+    maps = pyramid()
+    pooled = kernels.roi_align_levels_triton(maps, boxes(), SCALES, (2, 2), 2, True, "max")
+    assert log == [DEVICE, "forward", "end"]
+    torch.autograd.grad(pooled, maps, torch.ones_like(pooled))
+    assert log[3:] == [DEVICE, "backward", "end"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device():
+    maps = [f.detach().to("cuda:1").requires_grad_() for f in pyramid()]
+    ours, theirs, our_gradients, exact = both(maps, boxes().to("cuda:1"), SCALES, (2, 2), 2, True)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(our_gradients, exact):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fuse", [None, "max", "sum", "mean", "product"])
