@@ -55,6 +55,7 @@ def build_evaluator(
                 dataset_name,
                 output_dir=folder,
                 max_dets_per_image=limit if limit > _COCO_MAX_DETECTIONS else None,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         )
     if kind == "coco_panoptic_seg":

@@ -18,6 +18,12 @@ def test_limit_follows_the_config(tmp_path, detections, limit):
     assert evaluator._max_dets_per_image[-1] == limit
 
 
+def test_keypoint_sigmas_are_the_configs(tmp_path):
+    register_coco_file("evaluated", *write_coco(tmp_path))
+    cfg = tiny_cfg("TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2], "OUTPUT_DIR", str(tmp_path))
+    assert list(build_evaluator(cfg, "evaluated")._kpt_oks_sigmas) == [0.1, 0.2]
+
+
 @pytest.mark.parametrize(
     "kind, name",
     [
