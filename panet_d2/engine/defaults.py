@@ -9,6 +9,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import nn
 from yaml import YAMLError
 
@@ -76,10 +77,26 @@ def setup_config(
         raise ConfigError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch finds no CUDA device; 'cpu' works."
         )
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+    if "TRAIN" in needed and cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("SOLVER.AMP.ENABLED is True; on the CPU it must be False.")
+    _check_roi_heads(cfg)
     setup_datasets(cfg, needed)
     return cfg
+
+
+def _check_roi_heads(cfg: CfgNode) -> None:
+    """Adaptive feature pooling that is asked for of heads which do not know it is a mistake."""
+    name = cfg.MODEL.ROI_HEADS.NAME
+    # Other people's heads may do as they like; an unknown name is the registry's to report.
+    stock = name in ROI_HEADS_REGISTRY and ROI_HEADS_REGISTRY.get(name).__module__.startswith(
+        "detectron2."
+    )
+    for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"):
+        if stock and cfg.MODEL[head].AFP.ENABLED is True:
+            raise ConfigError(
+                f"MODEL.{head}.AFP.ENABLED is True, but MODEL.ROI_HEADS.NAME is {name!r}, which "
+                "has no adaptive feature pooling; PANetROIHeads and PANetCascadeROIHeads have."
+            )
 
 
 def load_for_inference(model: nn.Module, weights: str) -> None:

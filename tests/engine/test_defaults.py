@@ -33,6 +33,16 @@ class TestSetupConfig:
             setup_config("", ["MODEL.DEVICE", "cuda"])
         with pytest.raises(ConfigError, match="SOLVER.AMP.ENABLED"):
             setup_config("", ["SOLVER.AMP.ENABLED", "True"])
+        # What was trained so can be evaluated and used there all the same.
+        assert setup_config("", ["SOLVER.AMP.ENABLED", "True"], needed=()).SOLVER.AMP.ENABLED
+
+    @pytest.mark.parametrize("head", ["BOX", "MASK", "KEYPOINT"])
+    def test_pooling_that_nothing_would_do(self, head):
+        opts = [f"MODEL.ROI_{head}_HEAD.AFP.ENABLED", "True", "MODEL.ROI_HEADS.NAME"]
+        for name in ("PANetROIHeads", "PANetCascadeROIHeads", "SomebodysROIHeads"):
+            setup_config("", [*opts, name], needed=())
+        with pytest.raises(ConfigError, match=f"ROI_{head}_HEAD.AFP.*'Standard.*PANetROIHeads"):
+            setup_config("", [*opts, "StandardROIHeads"], needed=())
 
     @pytest.mark.parametrize(
         "opts, message",
