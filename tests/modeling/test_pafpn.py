@@ -180,6 +180,27 @@ def test_build_retinanet():
         build_backbone(cfg)
 
 
+def test_retinanet_levels_follow_on_res5():
+    name = ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_pafpn_backbone")
+    with pytest.raises(ConfigError, match="FPN.IN_FEATURES is .*'res4'.*'res5'"):
+        build_backbone(tiny_cfg(*name, "MODEL.FPN.IN_FEATURES", ["res3", "res4"]))
+    neck = build_backbone(tiny_cfg(*name, "MODEL.FPN.IN_FEATURES", ["res4", "res5"]))
+    with torch.no_grad():
+        levels = neck(torch.zeros(1, 3, 128, 128))
+    strides = {level: 128 // x.shape[-1] for level, x in levels.items()}
+    assert strides == {level: s.stride for level, s in neck.output_shape().items()}
+
+
+def test_dilation_names_levels_by_their_strides():
+    opts = ("MODEL.RESNETS.RES5_DILATION", 2, "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res5"])
+    neck = build_backbone(tiny_cfg("MODEL.RESNETS.DEPTH", 50, *opts))
+    with torch.no_grad():
+        levels = neck(torch.zeros(1, 3, 64, 64))
+    assert {level: 64 // x.shape[-1] for level, x in levels.items()} == {
+        **{"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+    }
+
+
 def test_works_on_any_backbone():
     cfg = tiny_cfg()
     bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))

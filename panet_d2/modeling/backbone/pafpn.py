@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Dict, List, Optional
 
 import fvcore.nn.weight_init as weight_init
@@ -222,11 +223,14 @@ def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
     Raises:
         ConfigError: see :meth:`PAFPN.from_config`.
     """
+    bottom_up = build_resnet_backbone(cfg, input_shape)
     top_block = LastLevelMaxPool()
-    # Detectron2's block reads "p5" whatever the pyramid; ours may end lower.
-    if cfg.MODEL.FPN.IN_FEATURES:
-        top_block.in_feature = "p" + cfg.MODEL.FPN.IN_FEATURES[-1][len("res") :]
-    return PAFPN(cfg, build_resnet_backbone(cfg, input_shape), top_block)
+    # Detectron2's block reads "p5" whatever the pyramid; ours may end lower. Levels are named by
+    # their strides, which dilation makes others than the stage's number says.
+    last = bottom_up.output_shape().get(next(reversed(cfg.MODEL.FPN.IN_FEATURES), ""))
+    if last:
+        top_block.in_feature = f"p{int(math.log2(last.stride))}"
+    return PAFPN(cfg, bottom_up, top_block)
 
 
 @BACKBONE_REGISTRY.register()
@@ -245,14 +249,19 @@ def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) 
         ConfigError: see :meth:`PAFPN.from_config`.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
-    _require_res5(bottom_up)
+    _require_res5(bottom_up, cfg.MODEL.FPN.IN_FEATURES)
     top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
     return PAFPN(cfg, bottom_up, top_block)
 
 
-def _require_res5(bottom_up: Backbone) -> None:
+def _require_res5(bottom_up: Backbone, in_features: List[str]) -> None:
     if "res5" not in bottom_up.output_shape():
         raise ConfigError(
             f"MODEL.RESNETS.OUT_FEATURES is {list(bottom_up.output_shape())}; RetinaNet's P6 is "
             "made from 'res5', so it must be among them."
+        )
+    if list(in_features[-1:]) != ["res5"]:  # the strides that are said of P6 and P7 were wrong
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {list(in_features)}; RetinaNet's P6 is made from 'res5', so "
+            "that must be the last."
         )
