@@ -61,8 +61,13 @@ class StrictCheckpointer(DetectionCheckpointer):
         """
         if not path:
             raise CheckpointError("MODEL.WEIGHTS is empty; it must name a trained checkpoint.")
-        if not urlparse(path).scheme and not self.path_manager.isfile(path):
-            raise CheckpointError(f"MODEL.WEIGHTS is {path!r}, and there is no such file.")
+        address = urlparse(path)
+        # Detectron2 reads "?matching_heuristics=True" behind the file's name.
+        if not address.scheme and not self.path_manager.isfile(address._replace(query="").geturl()):
+            raise CheckpointError(
+                f"there is no file {path!r}, which MODEL.WEIGHTS or, with --resume, "
+                "last_checkpoint names."
+            )
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:

@@ -78,8 +78,17 @@ def test_not_a_checkpoint(tmp_path, name, content):
         StrictCheckpointer(Model()).load(str(tmp_path / name))
 
 
+def test_matching_heuristics(path):
+    """Detectron2's own syntax, for names that end alike."""
+    model = nn.Sequential()
+    model.add_module("inner", Model())
+    StrictCheckpointer(model).load(f"{path}?matching_heuristics=True")
+    ours, theirs = model.state_dict(), torch.load(path)["model"]
+    assert all(torch.equal(ours[f"inner.{name}"], torch.as_tensor(v)) for name, v in theirs.items())
+
+
 def test_no_checkpoint():
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
         StrictCheckpointer(Model()).load("")
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is 'lost.pth'"):
+    with pytest.raises(CheckpointError, match="no file 'lost.pth', which MODEL.WEIGHTS"):
         StrictCheckpointer(Model()).load("lost.pth")
