@@ -20,7 +20,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("source", help="stage1_train.zip, or the folder that it was unpacked into")
     parser.add_argument(
         "--root",
-        default=os.getenv("DETECTRON2_DATASETS", "datasets"),
+        default=os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")),
         help="folder of the data sets, in which dsb2018 is made; DETECTRON2_DATASETS by default",
     )
     args = parser.parse_args(argv)

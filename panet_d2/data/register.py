@@ -77,7 +77,7 @@ def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, st
     Raises:
         DataError: if one of them is missing.
     """
-    base = os.getenv("DETECTRON2_DATASETS", "datasets")
+    base = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
     hint = f"Relative paths start at DETECTRON2_DATASETS, which is {base!r}."
     if not PathManager.isfile(json_file):

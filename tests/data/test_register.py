@@ -80,6 +80,12 @@ def test_absolute_paths(data, tmp_path, monkeypatch):
     setup_datasets(tiny_cfg("DATASETS.REGISTER_COCO", [entry]))
 
 
+def test_the_users_own_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("DETECTRON2_DATASETS", f"~/{tmp_path.name}")
+    setup_datasets(config())
+
+
 def test_number_of_classes_from_the_data(data):
     cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
     setup_datasets(cfg)
