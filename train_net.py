@@ -11,12 +11,10 @@ from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils.logger import setup_logger
 
-from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError
 from panet_d2.engine import (
+    EXPECTED_ERRORS,
     Trainer,
-    TrainingDiverged,
     latest_checkpoint,
     launch,
     load_for_inference,
@@ -67,7 +65,7 @@ def invoke_main() -> None:
     args = default_argument_parser().parse_args()
     try:
         launch(main, args)
-    except (ConfigError, CheckpointError, DataError, TrainingDiverged) as e:
+    except EXPECTED_ERRORS as e:
         sys.exit(f"error: {e}")
 
 

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from functools import cache
 from typing import Tuple
 
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import TransformList
+from torch.utils.data import get_worker_info
 
 from .check import DataError
 
 __all__ = ["NamedImageMapper"]
 
 
+@cache  # once in a process
+def _heed_only_the_parents_sigterm() -> None:
+    """
+    Schedulers send SIGTERM to all processes of a job. A data loader's worker that ends by it ends
+    training with an error, when it should be saved first; so a worker leaves that to its parent.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 class NamedImageMapper(DatasetMapper):
-    """Detectron2's mapper; what goes wrong with an image is reported with the image's name."""
+    """
+    Detectron2's mapper; what goes wrong with an image is reported with the image's name. Workers of
+    a data loader that use it are ended by their parent alone, and not by anybody's SIGTERM.
+    """
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -27,6 +53,8 @@ class NamedImageMapper(DatasetMapper):
         Raises:
             DataError: if the image or its annotations cannot be used.
         """
+        if get_worker_info() is not None:
+            _heed_only_the_parents_sigterm()
         try:
             return super().__call__(dataset_dict)
         # Pillow raises almost anything for broken files, and so does Detectron2 for annotations.

@@ -1,8 +1,9 @@
 from .defaults import Predictor, latest_checkpoint, load_for_inference, read_config, setup_config
-from .launch import launch
+from .launch import EXPECTED_ERRORS, launch
 from .trainer import Trainer, TrainingDiverged
 
 __all__ = [
+    "EXPECTED_ERRORS",
     "Predictor",
     "Trainer",
     "TrainingDiverged",

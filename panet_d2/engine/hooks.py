@@ -12,14 +12,31 @@ import detectron2.utils.comm as comm
 import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 
-__all__ = ["STOPPED", "StopOnSignal"]
+__all__ = ["STOPPED", "RestartPreciseBN", "StopOnSignal"]
 
 # What a shell says of a process that SIGTERM has ended; so that `train && next` does not go on.
 STOPPED = 128 + signal.SIGTERM
 
 logger = logging.getLogger(__name__)
+
+
+class RestartPreciseBN(HookBase):
+    """
+    Lets Detectron2's PreciseBN begin with its loader's first batches each time, and not with those
+    that follow on the last time's: a run that was resumed in between would not know those.
+    """
+
+    def __init__(self, hook: hooks.PreciseBN):
+        """
+        Args:
+            hook (PreciseBN): stands before this one.
+        """
+        self.hook = hook
+
+    def after_step(self) -> None:
+        self.hook._data_iter = None
 
 
 class StopOnSignal(HookBase):

@@ -7,17 +7,28 @@ import multiprocessing
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from ..checkpoint import CheckpointError
+from ..config import ConfigError
+from ..data import DataError
 from .hooks import STOPPED
+from .trainer import TrainingDiverged
 
-__all__ = ["launch"]
+__all__ = ["EXPECTED_ERRORS", "launch"]
+
+# What says in one sentence what is wrong.
+EXPECTED_ERRORS = (ConfigError, CheckpointError, DataError, TrainingDiverged)
+
+_FAILED = 1
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -31,7 +42,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         args (Namespace): of :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        SystemExit: if training was stopped by SIGTERM.
+        SystemExit: if training was stopped by SIGTERM; or if one of several processes has ended
+            with one of :data:`EXPECTED_ERRORS`, which it has printed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _in_torchrun(main, args)
@@ -39,6 +51,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     if args.num_gpus * args.num_machines > 1:
         # The processes are children of this one, which a scheduler knows.
         signal.signal(signal.SIGTERM, _pass_on)
+        main = partial(_one_sentence, main)
     try:
         detectron2_launch(
             main,
@@ -49,22 +62,33 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             args=(args,),
         )
     except ProcessExitedException as e:
-        if e.exit_code != STOPPED:
+        if e.exit_code not in (STOPPED, _FAILED):
             raise
-        sys.exit(STOPPED)
+        sys.exit(e.exit_code)
 
 
 def _in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    # As long as Detectron2 waits for processes of its own: the first one checks images and
+    # evaluates while the others do.
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     try:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         comm.synchronize()
         main(args)
     finally:
         dist.destroy_process_group()
+
+
+def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """What the parent would print with the tracebacks of both."""
+    try:
+        return main(args)
+    except EXPECTED_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(_FAILED)
 
 
 def _pass_on(signum: int, frame: Any) -> None:

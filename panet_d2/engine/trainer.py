@@ -34,7 +34,7 @@ from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
 from ..evaluation import build_evaluator
 from .defaults import latest_checkpoint, load_for_inference
-from .hooks import StopOnSignal
+from .hooks import RestartPreciseBN, StopOnSignal
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
@@ -122,10 +122,13 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> List[Optional[HookBase]]:
         """
         Returns:
-            list[HookBase]: the parent's; and before the writers, which come last, the one that
-            heeds SIGTERM.
+            list[HookBase]: the parent's; one behind PreciseBN that makes it repeatable; and before
+            the writers, which come last, the one that heeds SIGTERM.
         """
         ret = super().build_hooks()
+        place = next((i for i, h in enumerate(ret) if isinstance(h, hooks.PreciseBN)), None)
+        if place is not None:
+            ret.insert(place + 1, RestartPreciseBN(ret[place]))
         place = next((i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook)), len(ret))
         ret.insert(place, StopOnSignal(self.checkpointer, self.cfg.MODEL.DEVICE))
         return ret

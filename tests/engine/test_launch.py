@@ -134,16 +134,20 @@ def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
     assert two["bbox/AP50"] > 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_stops(config_file, tmp_path, processes):
+@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 2), (2, 1)])
+def test_sigterm_saves_and_stops(config_file, tmp_path, processes, workers):
     """And the run goes on from there, to the weights of one that was not stopped."""
     opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 100, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    opts += ("DATALOADER.NUM_WORKERS", workers)
     command = ("train_net.py", "--config-file", config_file, "--num-gpus", processes)
     command += ("--dist-url", "auto")  # two jobs at once need two ports
     whole = start(*command, *opts, "OUTPUT_DIR", tmp_path / "whole")
     stopped = start(*command, *opts, "OUTPUT_DIR", tmp_path / "stopped")
     wait_for_steps(tmp_path / "stopped", stopped)
-    stopped.send_signal(signal.SIGTERM)  # to the first process alone, as a scheduler does
+    if workers:
+        os.killpg(stopped.pid, signal.SIGTERM)  # to all there are, as some schedulers do
+    else:
+        stopped.send_signal(signal.SIGTERM)  # to the first process alone, as others do
     assert "Stopped by SIGTERM after" in finish(stopped, 128 + signal.SIGTERM, 60)
     (saved,) = (tmp_path / "stopped").glob("*.pth")
     assert 20 <= int(saved.stem[len("model_") :]) < 99
@@ -153,6 +157,12 @@ def test_sigterm_saves_and_stops(config_file, tmp_path, processes):
         torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("stopped", "whole")
     )
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_mistakes_are_one_sentence_in_several_processes(tmp_path):
+    command = ("train_net.py", "--config-file", "lost.yaml", "--num-gpus", 2, "--dist-url", "auto")
+    output = finish(start(*command), 1)
+    assert "error: lost.yaml" in output and "Traceback" not in output
 
 
 def wait_for_steps(folder, process, timeout=300):

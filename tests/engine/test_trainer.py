@@ -92,8 +92,15 @@ class TestResume:
 
     @pytest.mark.parametrize(
         "opts",
-        [(), ("SOLVER.OPTIMIZER", "ADAMW", "DATALOADER.NUM_WORKERS", "2")],
-        ids=["sgd", "adamw-workers"],
+        [
+            (),
+            ("SOLVER.OPTIMIZER", "ADAMW", "DATALOADER.NUM_WORKERS", "2"),
+            (
+                *("MODEL.FPN.NORM", "BN", "TEST.PRECISE_BN.ENABLED", "True"),
+                *("TEST.PRECISE_BN.NUM_ITER", "3", "TEST.EVAL_PERIOD", "2"),
+            ),
+        ],
+        ids=["sgd", "adamw-workers", "precise-bn"],
     )
     def test_killed_and_resumed_is_as_never_killed(self, config_file, tmp_path, monkeypatch, opts):
         opts = (*self.OPTS, *opts)
