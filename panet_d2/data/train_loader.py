@@ -157,7 +157,8 @@ def build_train_loader(
         iterable[list[dict]]: batches of this process.
 
     Raises:
-        ConfigError: if the batch cannot be split among the processes.
+        ConfigError: if the batch cannot be split among the processes, or images cannot be grouped
+            by a size that they are not registered with.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
@@ -171,6 +172,12 @@ def build_train_loader(
         args = _train_loader_from_config(cfg, mapper=mapper)
     dicts, workers = args["dataset"], args["num_workers"]
     grouped = args["aspect_ratio_grouping"]
+    if grouped and not all("width" in d and "height" in d for d in dicts):
+        raise ConfigError(
+            f"DATALOADER.ASPECT_RATIO_GROUPING is True and SEED {cfg.SEED}, but DATASETS.TRAIN has "
+            "images that are registered without width and height; give them these, or set the "
+            "one to False or the other to -1."
+        )
     batch_size = args["total_batch_size"] // processes
     args["dataset"] = _MappedStream(
         DatasetFromList(dicts, copy=False), args.pop("mapper"), cfg.SEED

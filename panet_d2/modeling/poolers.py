@@ -119,7 +119,13 @@ class AdaptiveROIPooler(ROIPooler):
         dim = None
         if adaptation != "none":
             dim = node[_WIDTH_KEYS[head, adaptation]]
-            dim = dim[0] if isinstance(dim, (list, tuple)) else dim
+            if isinstance(dim, (list, tuple)):
+                if not dim:
+                    raise ConfigError(
+                        f"MODEL.{head}.{_WIDTH_KEYS[head, adaptation]} is empty; its first number "
+                        f"is the width of the layer that AFP.ADAPTATION {adaptation!r} makes."
+                    )
+                dim = dim[0]
         return {
             "output_size": node.POOLER_RESOLUTION,
             "scales": [1.0 / input_shape[f].stride for f in in_features],

@@ -152,6 +152,24 @@ def test_a_batch_must_split_evenly(cfg, monkeypatch):
         build_train_loader(cfg, NamedImageMapper(cfg, True))
 
 
+def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
+    from panet_d2.data import train_loader
+
+    real = train_loader._train_loader_from_config
+
+    def without_sizes(*args, **kwargs):
+        made = real(*args, **kwargs)
+        for image in made["dataset"]:
+            del image["width"], image["height"]
+        return made
+
+    monkeypatch.setattr(train_loader, "_train_loader_from_config", without_sizes)
+    with pytest.raises(ConfigError, match="DATALOADER.ASPECT_RATIO_GROUPING.*SEED 5.*width"):
+        build_train_loader(cfg, NamedImageMapper(cfg, True))
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    next(iter(build_train_loader(cfg, NamedImageMapper(cfg, True))))
+
+
 def test_skipping_a_million_images_takes_seconds():
     sampler = StreamSampler(TrainingSampler(1000, seed=0), 16, 70_000, [i % 2 for i in range(1000)])
     assert next(iter(sampler))[0] > 1_000_000

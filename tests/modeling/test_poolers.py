@@ -237,6 +237,7 @@ def test_from_config():
         ("MASK", "AFP.ADAPTATION", "fc", "MODEL.ROI_MASK_HEAD.AFP.ADAPTATION.*'conv', 'none'"),
         ("KEYPOINT", "AFP.ADAPTATION", "fc", "MODEL.ROI_KEYPOINT_HEAD.AFP.ADAPTATION"),
         ("MASK", "POOLER_TYPE", "", "MODEL.ROI_MASK_HEAD.POOLER_TYPE.*'ROIAlignV2'"),
+        ("KEYPOINT", "CONV_DIMS", [], "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS is empty.*'conv'"),
     ],
 )
 def test_bad_config_values(head, key, value, message):
