@@ -32,6 +32,7 @@ class Source(NamedTuple):
     masks: Optional[bool] = None
     evaluated: bool = True
     image_format: str = "BGR"
+    keypoints: int = 0
 
 
 def sources(cfg: CfgNode) -> List[Source]:
@@ -54,7 +55,9 @@ def sources(cfg: CfgNode) -> List[Source]:
             if not os.path.isfile(files[0]):
                 DatasetCatalog.get(name)  # a data set that is generated is made here
         masks = None if cfg.MODEL.MASK_ON else False
-        found.append(Source(name, *files, masks, name in cfg.DATASETS.TEST, cfg.INPUT.FORMAT))
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+        evaluated = name in cfg.DATASETS.TEST
+        found.append(Source(name, *files, masks, evaluated, cfg.INPUT.FORMAT, keypoints))
     if not found:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are empty; there is nothing to check.")
     return found

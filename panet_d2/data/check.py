@@ -73,6 +73,7 @@ def check_coco(
     masks: Optional[bool] = None,
     evaluated: bool = True,
     image_format: str = "BGR",
+    keypoints: int = 0,
     workers: Optional[int] = None,
 ) -> List[Problem]:
     """
@@ -82,7 +83,7 @@ def check_coco(
     Args:
         json_file (str): annotation file.
         image_root (str): folder of the images.
-        masks, evaluated: see :func:`check_annotations`.
+        masks, evaluated, keypoints: see :func:`check_annotations`.
         image_format, workers: see :func:`check_images`.
 
     Returns:
@@ -94,7 +95,7 @@ def check_coco(
     content = read_coco(json_file)
     if not PathManager.isdir(image_root):
         raise DataError(f"there is no image folder {image_root}.")
-    problems = check_annotations(content, masks, evaluated)
+    problems = check_annotations(content, masks, evaluated, keypoints)
     return problems + check_images(content["images"], image_root, image_format, workers)
 
 

@@ -54,7 +54,7 @@ _warning = partial(Problem, severity="warning")
 
 
 def check_annotations(
-    content: dict, masks: Optional[bool] = None, evaluated: bool = True
+    content: dict, masks: Optional[bool] = None, evaluated: bool = True, keypoints: int = 0
 ) -> List[Problem]:
     """
     Check what an annotation file says, without looking at any image.
@@ -64,6 +64,7 @@ def check_annotations(
         masks (bool): whether each object must have a mask; by default, if any object has one.
         evaluated (bool): whether models will be evaluated on it, for which an annotation needs
             more than for training.
+        keypoints (int): how many each object must have; 0 to leave them alone.
 
     Returns:
         list[Problem]: in the order of the file: categories, images, annotations.
@@ -109,6 +110,7 @@ def check_annotations(
     for annotation in annotations:
         if isinstance(annotation, dict):
             problems += _annotation_problems(annotation, sizes, category_ids, masks, evaluated)
+            problems += _keypoint_problems(annotation, keypoints, evaluated) if keypoints else []
     return problems
 
 
@@ -189,6 +191,20 @@ def _annotation_problems(
         yield from _polygon_problems(where, segmentation, size, visible)
     else:
         yield Problem(where, "mask is neither polygons nor RLE")
+
+
+def _keypoint_problems(annotation: dict, number: int, evaluated: bool) -> Iterator[Problem]:
+    where, points = _name("annotation", annotation), annotation.get("keypoints")
+    if evaluated and not _is_number(annotation.get("num_keypoints")):
+        yield Problem(where, "has no num_keypoints", "COCO's evaluation needs it")
+    if not points:
+        if evaluated or not annotation.get("iscrowd", 0):  # training leaves crowds out
+            yield Problem(where, "has no keypoints", "others have some")
+    elif not isinstance(points, list) or not all(map(_is_coordinate, points)):
+        yield Problem(where, "keypoints are not a list of numbers")
+    elif len(points) != 3 * number:
+        wanted = f"{len(points)} numbers; x, y and visibility of {number} are {3 * number}"
+        yield Problem(where, "not as many keypoints as others", wanted)
 
 
 def _is_number(value: Any, limit: float = math.inf) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from typing import Dict, Iterable, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
@@ -14,6 +16,8 @@ from ..config import ConfigError
 from .check import DataError, check_annotations, read_coco, refuse_errors
 
 __all__ = ["DataError", "coco_entries", "find_coco_files", "register_coco_file", "setup_datasets"]
+
+logger = logging.getLogger("panet_d2")
 
 # Where the number of classes stands, by meta-architecture.
 _NUM_CLASSES_KEYS = {
@@ -119,11 +123,14 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
         names = category.get("keypoints")
         if not names:
             continue
+        known = {name.lower(): name for name in names}
         pairs = []
         for left in names:
-            right = left.replace("left", "right")
-            if right != left and right in names:
-                pairs.append((left, right))
+            # left_eye, Left eye, l_eye, eye.L
+            right = left.lower().replace("left", "right")
+            right = re.sub(r"(?<![a-z])l(?![a-z])", "r", right)
+            if right != left.lower() and right in known:
+                pairs.append((left, known[right]))
         return {"keypoint_names": names, "keypoint_flip_map": pairs}
     return {}
 
@@ -167,11 +174,13 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
                 contents[name],
                 masks=None if cfg.MODEL.MASK_ON else False,
                 evaluated=name in cfg.DATASETS.TEST and "TEST" in needed,
+                keypoints=_num_keypoints(cfg, name, contents[name]),
             )
             refuse_errors(problems, metadata.json_file, metadata.image_root)
             _check_images(name, contents[name])
             if split == "TRAIN":
                 _check_annotations(cfg, name, contents[name])
+                _warn_of_flips(cfg, name)
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
 
@@ -202,8 +211,40 @@ def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
                 f"INPUT.MASK_FORMAT is 'polygon', but {json_file} has masks in RLE; it must be "
                 "'bitmask'."
             )
-    if cfg.MODEL.KEYPOINT_ON and not any(a.get("keypoints") for a in annotations):
-        raise DataError(f"{json_file} has no keypoints; MODEL.KEYPOINT_ON must be False.")
+
+
+def _num_keypoints(cfg: CfgNode, name: str, content: dict) -> int:
+    """How many keypoints each object of the data set must have; 0 where they are not used."""
+    annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
+    if not cfg.MODEL.KEYPOINT_ON or not annotations:
+        return 0
+    metadata = MetadataCatalog.get(name)
+    if not any(a.get("keypoints") for a in annotations):
+        raise DataError(f"{metadata.json_file} has no keypoints; MODEL.KEYPOINT_ON must be False.")
+    names = metadata.get("keypoint_names")
+    if not names:
+        raise DataError(
+            f"{metadata.json_file} has keypoints, but none of its categories names them in a list "
+            "'keypoints'."
+        )
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if len(names) != number:
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but data set {name!r} has "
+            f"{len(names)} keypoints; it must be {len(names)}."
+        )
+    return number
+
+
+def _warn_of_flips(cfg: CfgNode, name: str) -> None:
+    """A mirrored image has left and right keypoints exchanged, if they are known as such."""
+    flipped = cfg.MODEL.KEYPOINT_ON and cfg.INPUT.RANDOM_FLIP == "horizontal"
+    if flipped and not MetadataCatalog.get(name).get("keypoint_flip_map"):
+        logger.warning(
+            "No two keypoints of data set %r are named as left and right of each other, so they "
+            "stay as they are in images that INPUT.RANDOM_FLIP mirrors.",
+            name,
+        )
 
 
 def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 
 import pytest
@@ -107,18 +108,96 @@ def test_number_of_classes_must_agree(data):
         setup_datasets(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 0))
 
 
-def test_keypoints_from_the_categories(data):
-    def edit(content):
-        names = ["nose", "left_eye", "right_eye"]
-        content["categories"][0]["keypoints"] = names
-        for a in content["annotations"]:
-            a["keypoints"] = [a["bbox"][0] + 3, a["bbox"][1] + 3, 2] * 3
+def with_keypoints(names, edit=None):
+    """All objects get these keypoints, near a corner of theirs; then ``edit`` changes them."""
 
-    data(edit)
-    setup_datasets(config("MODEL.KEYPOINT_ON", True))
+    def change(content):
+        for category in content["categories"]:
+            category["keypoints"] = names
+        for a in content["annotations"]:
+            a["keypoints"] = [a["bbox"][0] + 3, a["bbox"][1] + 3, 2] * len(names)
+            a["num_keypoints"] = len(names)
+        if edit:
+            edit(content)
+
+    return change
+
+
+NAMES = ["nose", "left_eye", "right_eye"]
+KEYPOINTS = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3)
+
+
+def test_keypoints_from_the_categories(data):
+    data(with_keypoints(NAMES))
+    setup_datasets(config(*KEYPOINTS, "DATASETS.TEST", ["squares_train"]))
     metadata = MetadataCatalog.get("squares_train")
-    assert metadata.keypoint_names == ["nose", "left_eye", "right_eye"]
+    assert metadata.keypoint_names == NAMES
     assert metadata.keypoint_flip_map == [("left_eye", "right_eye")]
+
+
+@pytest.mark.parametrize(
+    "names, pairs",
+    [
+        (["Nose", "Left_Eye", "Right_Eye"], [("Left_Eye", "Right_Eye")]),
+        (["EYE LEFT", "EYE RIGHT", "tail"], [("EYE LEFT", "EYE RIGHT")]),
+        (["l_ear", "r_ear", "l_paw"], [("l_ear", "r_ear")]),
+        (["ear.L", "ear.R", "ear.l2"], [("ear.L", "ear.R")]),
+        (["lear", "rear", "leftover"], []),
+    ],
+)
+def test_keypoints_that_mirror_each_other(data, caplog, names, pairs):
+    data(with_keypoints(names))
+    with caplog.at_level(logging.WARNING, "panet_d2"):
+        logging.getLogger("panet_d2").propagate = True
+        setup_datasets(config(*KEYPOINTS))
+    assert MetadataCatalog.get("squares_train").keypoint_flip_map == pairs
+    assert bool(caplog.records) != bool(pairs)
+    caplog.clear()
+    setup_datasets(config(*KEYPOINTS, "INPUT.RANDOM_FLIP", "none"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda c: c["annotations"][2].pop("keypoints"), "annotation 3 .*has no keypoints"),
+        (
+            lambda c: c["annotations"][2].update(keypoints=[1, 2, 2] * 2 + [1]),
+            "annotation 3 .*not as many keypoints.*7 numbers",
+        ),
+        (
+            lambda c: c["annotations"][2].update(keypoints=["1"] * 9),
+            "annotation 3 .*keypoints are not a list of numbers",
+        ),
+        (
+            lambda c: [category.pop("keypoints") for category in c["categories"]],
+            "none of its categories names them",
+        ),
+        (
+            lambda c: c["annotations"][2].pop("num_keypoints"),
+            "annotation 3 .*has no num_keypoints",
+        ),
+    ],
+)
+def test_bad_keypoints(data, edit, message):
+    data(with_keypoints(NAMES, edit))
+    setup_datasets(config())  # where they are not used
+    with pytest.raises(DataError, match=message):
+        setup_datasets(config(*KEYPOINTS, "DATASETS.TEST", ["squares_train"]))
+
+
+def test_number_of_keypoints_must_agree(data):
+    data(with_keypoints(NAMES[:2]))
+    with pytest.raises(ConfigError, match="NUM_KEYPOINTS is 3.*'squares_train' has 2.*be 2"):
+        setup_datasets(config(*KEYPOINTS))
+
+
+def test_crowds_need_no_keypoints_to_train(data):
+    def edit(content):
+        content["annotations"][2].update(iscrowd=1, keypoints=[])
+
+    data(with_keypoints(NAMES, edit))
+    setup_datasets(config(*KEYPOINTS))
 
 
 @pytest.mark.parametrize(
