@@ -53,6 +53,7 @@ def _ladder() -> Dict[str, Rung]:
         below = list(rungs)[-1]
         parts.append(part)
         rungs[f"+{part}"] = Rung(f"+ {PARTS[part]}", frozenset(parts), below=below)
+    rungs[f"+{part}"].title += " = the whole PANet"
     return rungs
 
 
