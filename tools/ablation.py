@@ -88,12 +88,14 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
     return times
 
 
-def report(results: str, document: str, data: str) -> None:
-    """Draw the plots, and put the table into the document between its marks."""
+def report(results: str, document: Optional[str], data: str) -> None:
+    """Draw the plots, and put the table into the document, if there is one, between its marks."""
     runs = load_results(results)
     models = read_models(results)
     plot_curves(runs, os.path.join(results, "curves.png"))
     plot_differences(runs, os.path.join(results, "differences.png"))
+    if not document:
+        return
     with open(document, encoding="utf-8") as f:
         text = f.read()
     marks = rf"(<!-- table {data} -->\n).*?(<!-- end -->)"
@@ -136,14 +138,15 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     work = os.path.join(args.work, os.path.basename(results))
     os.makedirs(results, exist_ok=True)
     if args.pretrain:
-        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", args.norm)
+        # The ResNet's own norms are batch norm whatever the neck and the heads have, so that all
+        # start from one; as in the paper they stay as they were trained before.
+        norm = args.norm if args.norm.endswith("BN") else "BN"
+        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", norm)
         # Named by its length, so that no run starts from a ResNet of another.
         name = f"pretrain{args.pretrain}"
         run = Run(name, 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
         resnet = pretrained_resnet(run, work, results, TRAIN_NET)
-        # As in the paper, the ResNet's own norms stay as they were trained before.
-        frozen = "FrozenBN" if args.norm.endswith("BN") else args.norm
-        opts += ["MODEL.RESNETS.NORM", frozen, "MODEL.WEIGHTS", resnet]
+        opts += ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.WEIGHTS", resnet]
     # Seed by seed, so that a part of the work is a whole ladder.
     runs = [
         Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm), *opts))
@@ -170,13 +173,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         "--norm",
         default="BN",
-        help="SyncBN on several GPUs. GN depends on how images are padded, so that multi-scale "
-        "training, where they are, and inference, where they are not, do not fit together",
+        help="of neck and heads: SyncBN on several GPUs. GN depends on how images are padded, so "
+        "that multi-scale training, where they are, and inference, where they are not, do not fit",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", help="JSON files and plots; docs/ablation/DATA by default")
     parser.add_argument("--work", default="output/ablation", help="output folders of the runs")
-    parser.add_argument("--document", default=os.path.join(ROOT, "docs/ablation.md"))
+    parser.add_argument(
+        "--document", help="to write the table into; docs/ablation.md where --results is not given"
+    )
     parser.add_argument("--report", action="store_true", help="only write the table and the plots")
     parser.add_argument(
         "--time",
@@ -192,6 +197,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for key, value in QUICK.items():
             setattr(args, key, value)
     args.rungs = args.rungs or [name for group in args.groups for name in GROUPS[group]]
+    document = args.document or (None if args.results else os.path.join(ROOT, "docs/ablation.md"))
     results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
     try:
         config_file = args.config_file or BASELINES[args.data]
@@ -211,8 +217,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             models = read_models(results)
             opts = recorded_opts(results, [n for n in RUNGS if n not in models])
             write_models(results, {**models, **describe_models(config_file, opts)})
-        if not args.quick:
-            report(results, args.document, args.data)
+        report(results, document, args.data)
         print(table(load_results(results), read_models(results)))
     except (CheckpointError, ConfigError, DataError, OSError, RunFailed) as e:
         print(f"error: {e}", file=sys.stderr)

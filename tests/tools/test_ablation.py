@@ -28,6 +28,10 @@ def test_report_fills_its_place_in_the_document(tmp_path):
     assert (results / "curves.png").is_file()
     document.write_text("no place")
     assert tool.main(command) == 2
+    # Results elsewhere are none of the package's document.
+    ours = ROOT / "docs/ablation.md"
+    before = ours.read_text()
+    assert tool.main(command[:3]) == 0 and ours.read_text() == before
 
 
 def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
@@ -51,8 +55,9 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("norm", ["BN", "GN"])
 @pytest.mark.parametrize("data", list(tool.BASELINES))
-def test_all_start_from_one_resnet(data, tmp_path, monkeypatch):
+def test_all_start_from_one_resnet(data, norm, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(tool, "setup_config", partial(setup_config, needed=()))  # without the data
 
@@ -63,7 +68,8 @@ def test_all_start_from_one_resnet(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "pretrained_resnet", pretrained)
     monkeypatch.setattr(tool, "run_all", lambda runs, *args: seen.update(runs=runs) or ["failed"])
     command = ["--data", data, "--rungs", "baseline", "+ff", "--results", str(tmp_path / "r")]
-    command += ["--steps", "80", "--pretrain", "40", "--opts", "INPUT.MAX_SIZE_TEST", "300"]
+    command += ["--steps", "80", "--pretrain", "40", "--norm", norm]
+    command += ["--opts", "INPUT.MAX_SIZE_TEST", "300"]
     assert tool.main(command) == 1
     donor = seen["donor"]
     assert donor.name == "pretrain40_seed0" and "MODEL.BACKBONE.NAME" not in donor.opts
@@ -76,8 +82,8 @@ def test_all_start_from_one_resnet(data, tmp_path, monkeypatch):
         cfg = setup_config(run.config_file, run.opts, needed=())
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
         assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 64
-        place = run.opts.index("MODEL.RESNETS.NORM")
-        assert run.opts[place + 1] == "FrozenBN"
+        assert cfg.MODEL.RESNETS.NORM == "FrozenBN"
+        assert cfg.MODEL.FPN.NORM == (norm if run.rung == "+ff" else "")
         place = run.opts.index("MODEL.WEIGHTS")
         assert run.opts[place + 1] == "resnet.pth" and run.opts[-len(steps) :] != steps
 
