@@ -88,8 +88,11 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
     return times
 
 
-def report(results: str, document: Optional[str], data: str) -> None:
-    """Draw the plots, and put the table into the document, if there is one, between its marks."""
+def report(results: str, document: Optional[str]) -> None:
+    """
+    Draw the plots, and put the table into the document, if there is one, between the marks that
+    have the name of the folder of results.
+    """
     runs = load_results(results)
     models = read_models(results)
     plot_curves(runs, os.path.join(results, "curves.png"))
@@ -98,9 +101,10 @@ def report(results: str, document: Optional[str], data: str) -> None:
         return
     with open(document, encoding="utf-8") as f:
         text = f.read()
-    marks = rf"(<!-- table {data} -->\n).*?(<!-- end -->)"
+    name = os.path.basename(os.path.abspath(results))
+    marks = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
     if not re.search(marks, text, flags=re.S):
-        raise DataError(f"{document} has no place between <!-- table {data} --> and <!-- end -->.")
+        raise DataError(f"{document} has no place between <!-- table {name} --> and <!-- end -->.")
     text = re.sub(marks, lambda m: f"{m[1]}\n{table(runs, models)}\n{m[2]}", text, flags=re.S)
     with open(document, "w", encoding="utf-8") as f:
         f.write(text)
@@ -217,7 +221,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             models = read_models(results)
             opts = recorded_opts(results, [n for n in RUNGS if n not in models])
             write_models(results, {**models, **describe_models(config_file, opts)})
-        report(results, document, args.data)
+        report(results, document)
         print(table(load_results(results), read_models(results)))
     except (CheckpointError, ConfigError, DataError, OSError, RunFailed) as e:
         print(f"error: {e}", file=sys.stderr)
