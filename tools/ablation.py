@@ -14,6 +14,7 @@ import sys
 from statistics import median
 from typing import Dict, List, Optional
 
+import torch
 from detectron2.modeling import build_model
 
 from panet_d2 import ConfigError
@@ -72,6 +73,7 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
     models = {}
     for name, of_rung in opts.items():
         cfg = setup_config(config_file, of_rung, needed=())
+        torch.manual_seed(0)  # how many detections overlap too much depends on the weights
         models[name] = build_model(cfg)
     inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     for model in models.values():
@@ -164,7 +166,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=list(BASELINES), default="dsb2018")
     parser.add_argument("--config-file", help="another baseline, a Mask R-CNN with a 2fc head")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["ladder"])
+    parser.add_argument(
+        "--groups", nargs="+", choices=list(GROUPS), help="the ladder; with --time, all with runs"
+    )
     parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="instead of groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="length of each run; the config's by default")
@@ -200,16 +204,18 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"
         for key, value in QUICK.items():
             setattr(args, key, value)
-    args.rungs = args.rungs or [name for group in args.groups for name in GROUPS[group]]
+    if not args.rungs and (args.groups or not args.time):
+        args.rungs = [name for group in args.groups or ["ladder"] for name in GROUPS[group]]
     document = args.document or (None if args.results else os.path.join(ROOT, "docs/ablation.md"))
     results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
     try:
         config_file = args.config_file or BASELINES[args.data]
         if args.time:
             models = read_models(results)
-            opts = recorded_opts(results, args.rungs)
+            rungs = args.rungs or list(RUNGS)
+            opts = recorded_opts(results, rungs)
             if not opts:
-                raise DataError(f"{results} has no runs of {', '.join(args.rungs)} to time.")
+                raise DataError(f"{results} has no runs of {', '.join(rungs)} to time.")
             for name, times in time_models(config_file, opts, args.time).items():
                 models.setdefault(name, {}).update(times)
             write_models(results, models)

@@ -133,6 +133,9 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     baseline, mst = ([cell.strip() for cell in row] for row in rows)
     assert {f"{1e3 * seconds:.0f}" for seconds in timed} <= set(baseline)
     assert {"500", "250"} <= set(mst)  # its own run's
+    command = ["--time", "1", "--results", str(results), "--document", str(document)]
+    assert tool.main(command) == 0 and len(built) == 3  # all that have runs
+    assert "seconds_per_step" in json.loads((results / "models.json").read_text())["+mst"]
 
 
 def test_models_without_runs_are_not_timed(tmp_path, capsys):
