@@ -103,7 +103,7 @@ def report(results: str, document: Optional[str]) -> None:
         return
     with open(document, encoding="utf-8") as f:
         text = f.read()
-    name = os.path.basename(os.path.abspath(results))
+    name = os.path.basename(results)
     marks = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
     if not re.search(marks, text, flags=re.S):
         raise DataError(f"{document} has no place between <!-- table {name} --> and <!-- end -->.")
@@ -204,18 +204,18 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"
         for key, value in QUICK.items():
             setattr(args, key, value)
-    if not args.rungs and (args.groups or not args.time):
-        args.rungs = [name for group in args.groups or ["ladder"] for name in GROUPS[group]]
+    groups = args.groups or (list(GROUPS) if args.time else ["ladder"])
+    args.rungs = args.rungs or [name for group in groups for name in GROUPS[group]]
     document = args.document or (None if args.results else os.path.join(ROOT, "docs/ablation.md"))
-    results = args.results or os.path.join(ROOT, "docs/ablation", args.data)
+    # Its name is that of its place in the document and of the folder of its runs.
+    results = os.path.abspath(args.results or os.path.join(ROOT, "docs/ablation", args.data))
     try:
         config_file = args.config_file or BASELINES[args.data]
         if args.time:
             models = read_models(results)
-            rungs = args.rungs or list(RUNGS)
-            opts = recorded_opts(results, rungs)
+            opts = recorded_opts(results, args.rungs)
             if not opts:
-                raise DataError(f"{results} has no runs of {', '.join(rungs)} to time.")
+                raise DataError(f"{results} has no runs of {', '.join(args.rungs)} to time.")
             for name, times in time_models(config_file, opts, args.time).items():
                 models.setdefault(name, {}).update(times)
             write_models(results, models)

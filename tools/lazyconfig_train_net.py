@@ -29,8 +29,7 @@ from torch import nn
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError, RunCheckpointer, StrictCheckpointer
-from panet_d2.data import DataError
-from panet_d2.engine import latest_checkpoint, launch, load_for_inference
+from panet_d2.engine import EXPECTED_ERRORS, latest_checkpoint, launch, load_for_inference
 
 logger = logging.getLogger("panet_d2")
 
@@ -127,7 +126,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = default_argument_parser().parse_args(argv)
     try:
         launch(run, args)
-    except (ConfigError, CheckpointError, DataError) as e:
+    except EXPECTED_ERRORS as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

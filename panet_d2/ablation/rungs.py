@@ -53,12 +53,12 @@ def _ladder() -> Dict[str, Rung]:
         below = list(rungs)[-1]
         parts.append(part)
         rungs[f"+{part}"] = Rung(f"+ {PARTS[part]}", frozenset(parts), below=below)
-    rungs[f"+{part}"].title += " = the whole PANet"
     return rungs
 
 
 LADDER: Dict[str, Rung] = _ladder()
 _FULL = list(LADDER)[-1]
+LADDER[_FULL].title += " = the whole PANet"
 
 GROUPS: Dict[str, Dict[str, Rung]] = {
     "ladder": LADDER,

@@ -28,7 +28,7 @@ __all__ = ["EXPECTED_ERRORS", "launch"]
 # What says in one sentence what is wrong.
 EXPECTED_ERRORS = (ConfigError, CheckpointError, DataError, TrainingDiverged)
 
-_FAILED = 1
+_FAILED = 1  # what Python makes of sys.exit with a text
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -87,8 +87,7 @@ def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Name
     try:
         return main(args)
     except EXPECTED_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(_FAILED)
+        sys.exit(f"error: {e}")
 
 
 def _pass_on(signum: int, frame: Any) -> None:

@@ -53,7 +53,7 @@ def both(features, rois, *args):
     ours = kernels.roi_align_levels_triton(features, rois, *args)
     exact = [f.detach().double().requires_grad_() for f in features]
     theirs = multilevel_roi_align_reference(exact, rois.double(), *args)
-    upstream = torch.randn(theirs.shape, device=DEVICE).to(ours.dtype)
+    upstream = torch.randn(theirs.shape, device=ours.device).to(ours.dtype)
     return (
         ours,
         theirs,

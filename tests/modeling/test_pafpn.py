@@ -196,9 +196,8 @@ def test_dilation_names_levels_by_their_strides():
     neck = build_backbone(tiny_cfg("MODEL.RESNETS.DEPTH", 50, *opts))
     with torch.no_grad():
         levels = neck(torch.zeros(1, 3, 64, 64))
-    assert {level: 64 // x.shape[-1] for level, x in levels.items()} == {
-        **{"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-    }
+    strides = {level: 64 // x.shape[-1] for level, x in levels.items()}
+    assert strides == {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
 
 def test_works_on_any_backbone():

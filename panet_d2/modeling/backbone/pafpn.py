@@ -260,7 +260,7 @@ def _require_res5(bottom_up: Backbone, in_features: List[str]) -> None:
             f"MODEL.RESNETS.OUT_FEATURES is {list(bottom_up.output_shape())}; RetinaNet's P6 is "
             "made from 'res5', so it must be among them."
         )
-    if list(in_features[-1:]) != ["res5"]:  # the strides that are said of P6 and P7 were wrong
+    if list(in_features[-1:]) != ["res5"]:  # or P6 and P7 have other strides than FPN says
         raise ConfigError(
             f"MODEL.FPN.IN_FEATURES is {list(in_features)}; RetinaNet's P6 is made from 'res5', so "
             "that must be the last."
