@@ -14,14 +14,13 @@ import sys
 from statistics import median
 from typing import Dict, List, Optional
 
-import torch
 from detectron2.modeling import build_model
 
 from panet_d2 import ConfigError
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
 from panet_d2.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
 from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, run_all
-from panet_d2.benchmark.models import images, model_size, set_score_threshold, tame
+from panet_d2.benchmark.models import FIXED_COUNTS, images, model_size, set_score_threshold, tame
 from panet_d2.benchmark.tasks import inference, training_step
 from panet_d2.benchmark.timing import interleaved
 from panet_d2.checkpoint import CheckpointError, atomic_open
@@ -69,22 +68,23 @@ def describe_models(config_file: str, opts: Dict[str, List[str]]) -> Dict[str, d
 
 
 def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> Dict[str, dict]:
-    """Seconds of a training step and of an inference, all models in turn, medians of many."""
+    """
+    Seconds of a training step and of an inference, all models in turn, medians of many. The
+    weights are random, so all get the same number of proposals and detections.
+    """
     models = {}
     for name, of_rung in opts.items():
-        cfg = setup_config(config_file, of_rung, needed=())
-        torch.manual_seed(0)  # how many detections overlap too much depends on the weights
+        cfg = setup_config(config_file, [*of_rung, *FIXED_COUNTS], needed=())
         models[name] = build_model(cfg)
     inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    for model in models.values():
-        set_score_threshold(tame(model), inputs[:1])
-    tasks = {
-        "seconds_per_step": lambda model: training_step(model, inputs),
-        "seconds_per_image": lambda model: inference(model, inputs[:1]),
-    }
+    tasks = {"seconds_per_step": training_step, "seconds_per_image": inference}
     times: Dict[str, dict] = {name: {} for name in opts}
     for key, task in tasks.items():
-        runs = {name: task(model) for name, model in models.items()}
+        runs = {}
+        for name, model in models.items():
+            # Before inference once more: training moves the statistics of batch norm.
+            set_score_threshold(tame(model), inputs[:1])
+            runs[name] = task(model, inputs if task is training_step else inputs[:1])
         for name, seconds in interleaved(runs, cfg.MODEL.DEVICE, repeats, warmup=2).items():
             times[name][key] = median(seconds)
     return times

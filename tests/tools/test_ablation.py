@@ -8,6 +8,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from panet_d2.ablation.report import load_results, table
+from panet_d2.ablation.rungs import RUNGS, overrides
 from panet_d2.engine import setup_config
 
 from ..ablation.test_report import write_run
@@ -136,6 +137,25 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     command = ["--time", "1", "--results", str(results), "--document", str(document)]
     assert tool.main(command) == 0 and len(built) == 3  # all that have runs
     assert "seconds_per_step" in json.loads((results / "models.json").read_text())["+mst"]
+
+
+def test_models_are_timed_with_equal_counts(monkeypatch):
+    """A model is not faster because with random weights it finds less."""
+    counts = []
+
+    def count(roi_heads, ins, outs):
+        if not roi_heads.training:
+            counts.append(len(outs[0][0]))
+
+    def build(cfg):
+        model = build_model(cfg)
+        model.roi_heads.register_forward_hook(count)
+        return model
+
+    monkeypatch.setattr(tool, "build_model", build)
+    rungs = {name: list(map(str, overrides(RUNGS[name]))) for name in ("baseline", "only_norm")}
+    assert tool.time_models(tool.BASELINES["shapes"], rungs, 1).keys() == rungs.keys()
+    assert set(counts[-6:]) == {100}  # two to warm up and one timed, of each
 
 
 def test_models_without_runs_are_not_timed(tmp_path, capsys):
