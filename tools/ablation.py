@@ -143,19 +143,19 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
     work = os.path.join(args.work, os.path.basename(results))
     os.makedirs(results, exist_ok=True)
+    resnet_norm = None
     if args.pretrain:
-        # The ResNet's own norms are batch norm whatever the neck and the heads have, so that all
-        # start from one; as in the paper they stay as they were trained before.
-        norm = args.norm if args.norm.endswith("BN") else "BN"
-        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", norm)
+        # The ResNet's own is batch norm whatever the neck and the heads have, as ImageNet's have.
+        resnet_norm = args.norm if args.norm.endswith("BN") else "BN"
+        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", resnet_norm)
         # Named by its length, so that no run starts from a ResNet of another.
         name = f"pretrain{args.pretrain}"
         run = Run(name, 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
         resnet = pretrained_resnet(run, work, results, TRAIN_NET)
-        opts += ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.WEIGHTS", resnet]
+        opts += ["MODEL.WEIGHTS", resnet]
     # Seed by seed, so that a part of the work is a whole ladder.
     runs = [
-        Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm), *opts))
+        Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm, resnet_norm), *opts))
         for seed in args.seeds
         for rung in args.rungs
     ]
@@ -180,9 +180,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     parser.add_argument(
         "--norm",
-        default="BN",
-        help="of neck and heads: SyncBN on several GPUs. GN depends on how images are padded, so "
-        "that multi-scale training, where they are, and inference, where they are not, do not fit",
+        default="GN",
+        help="of neck and heads: SyncBN on several GPUs",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", help="JSON files and plots; docs/ablation/DATA by default")

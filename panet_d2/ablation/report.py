@@ -21,7 +21,7 @@ __all__ = ["load_results", "plot_curves", "plot_differences", "table"]
 Results = Dict[str, Dict[int, dict]]  # by rung and seed
 
 # What rungs differ in.
-_RUNG_KEYS = {key for rung in RUNGS.values() for key in overrides(rung)[::2]}
+_RUNG_KEYS = {k for rung in RUNGS.values() for k in overrides(rung, resnet_norm="BN")[::2]}
 
 _BASELINE, _FULL = list(LADDER)[0], list(LADDER)[-1]
 

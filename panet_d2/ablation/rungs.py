@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Dict, FrozenSet, List, Tuple
+from typing import Dict, FrozenSet, List, Optional, Tuple
 
 __all__ = ["GROUPS", "LADDER", "PARTS", "RUNGS", "Rung", "overrides"]
 
 # In the order of the paper's Table 3.
 PARTS: Dict[str, str] = {
     "mst": "multi-scale training",
-    "norm": "a norm, trained along, in the neck and the heads",
+    "norm": "norms, trained along",
     "bpa": "bottom-up path augmentation",
     "afp": "adaptive feature pooling",
     "ff": "fully-connected fusion",
@@ -74,7 +74,7 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
     # and beside a Mask R-CNN that has the norm as well.
     "ideas": {
         "ideas": Rung("the three ideas", _IDEAS, below="baseline"),
-        "normed_ideas": Rung("the three ideas, with a norm", _IDEAS | {"norm"}, below="only_norm"),
+        "normed_ideas": Rung("the three ideas, with norms", _IDEAS | {"norm"}, below="only_norm"),
     },
     "fusion": {
         f"{'before' if before else 'after'}_{fusion}": Rung(
@@ -93,12 +93,20 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
 RUNGS: Dict[str, Rung] = {name: rung for group in GROUPS.values() for name, rung in group.items()}
 
 
-def overrides(rung: Rung, norm: str = "BN", scales: Tuple[int, int] = (192, 320)) -> List:
+def overrides(
+    rung: Rung,
+    norm: str = "GN",
+    resnet_norm: Optional[str] = None,
+    scales: Tuple[int, int] = (192, 320),
+) -> List:
     """
     Args:
         rung (Rung): the model.
         norm (str): that "norm" puts into neck and heads: "SyncBN" on several GPUs, as in the
-            paper, which is "BN" on one.
+            paper, "GN" on one.
+        resnet_norm (str): of a pretrained ResNet: "norm" trains it along, which is what the
+            paper does, and without "norm" it is frozen. None for a ResNet from scratch, which
+            has the config's.
         scales (tuple[int, int]): shorter side of the training images that "mst" draws from.
 
     Returns:
@@ -109,6 +117,8 @@ def overrides(rung: Rung, norm: str = "BN", scales: Tuple[int, int] = (192, 320)
     if has("mst"):
         opts["INPUT.MIN_SIZE_TRAIN"] = list(scales)
         opts["INPUT.MIN_SIZE_TRAIN_SAMPLING"] = "range"
+    if resnet_norm:
+        opts["MODEL.RESNETS.NORM"] = resnet_norm if has("norm") else "FrozenBN"
     opts["MODEL.FPN.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_BOX_HEAD.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_MASK_HEAD.NORM"] = norm if has("norm") else ""

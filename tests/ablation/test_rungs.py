@@ -43,7 +43,7 @@ def test_model_has_the_parts(name):
     model = build_model(cfg)
     heads, norms = model.roi_heads, [m for m in model.backbone.fpn_output2.children()]
     assert type(model.backbone) is (PAFPN if "bpa" in rung.parts else FPN)
-    assert any(isinstance(n, torch.nn.BatchNorm2d) for n in norms) == ("norm" in rung.parts)
+    assert any(isinstance(n, torch.nn.GroupNorm) for n in norms) == ("norm" in rung.parts)
     assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == ("range" if "mst" in rung.parts else "choice")
     for pooler in (heads.box_pooler, heads.mask_pooler):
         assert isinstance(pooler, AdaptiveROIPooler) == ("afp" in rung.parts)
@@ -68,3 +68,14 @@ def test_model_has_the_parts(name):
 def test_norm_of_several_gpus():
     opts = overrides(LADDER["+norm"], norm="SyncBN")
     assert opts[opts.index("MODEL.FPN.NORM") + 1] == "SyncBN"
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_norms_of_a_pretrained_resnet_are_trained_with_the_others(name):
+    """As the paper does: left frozen below a norm, the ResNet's features grow without bounds."""
+    opts = overrides(RUNGS[name], resnet_norm="BN")
+    trained = "norm" in RUNGS[name].parts
+    assert opts[opts.index("MODEL.RESNETS.NORM") + 1] == ("BN" if trained else "FrozenBN")
+    cfg = setup_config(CONFIG, [*map(str, opts), "MODEL.DEVICE", "cpu"], needed=())
+    norm = build_model(cfg).backbone.bottom_up.res5[0].conv1.norm
+    assert isinstance(norm, torch.nn.BatchNorm2d) == trained

@@ -84,7 +84,7 @@ def test_all_start_from_one_resnet(data, norm, tmp_path, monkeypatch):
         cfg = setup_config(run.config_file, run.opts, needed=())
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
         assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 64
-        assert cfg.MODEL.RESNETS.NORM == "FrozenBN"
+        assert cfg.MODEL.RESNETS.NORM == ("BN" if run.rung == "+ff" else "FrozenBN")
         assert cfg.MODEL.FPN.NORM == (norm if run.rung == "+ff" else "")
         place = run.opts.index("MODEL.WEIGHTS")
         assert run.opts[place + 1] == "resnet.pth" and run.opts[-len(steps) :] != steps
