@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, FrozenSet, List, Optional, Tuple
+from typing import Dict, FrozenSet, List, Optional, Sequence
 
 __all__ = ["GROUPS", "LADDER", "PARTS", "RUNGS", "Rung", "overrides"]
 
@@ -97,7 +97,7 @@ def overrides(
     rung: Rung,
     norm: str = "GN",
     resnet_norm: Optional[str] = None,
-    scales: Tuple[int, int] = (192, 320),
+    scales: Sequence[int] = (192, 224, 256, 288, 320),
 ) -> List:
     """
     Args:
@@ -107,7 +107,9 @@ def overrides(
         resnet_norm (str): of a pretrained ResNet: "norm" trains it along, which is what the
             paper does, and without "norm" it is frozen. None for a ResNet from scratch, which
             has the config's.
-        scales (tuple[int, int]): shorter side of the training images that "mst" draws from.
+        scales (sequence[int]): shorter sides of the training images, that "mst" draws from. A list
+            as in Detectron2's configs and not a range: where every size is a multiple of the
+            neck's stride, one image of a batch of two at least is not padded, as at inference.
 
     Returns:
         list: KEY VALUE KEY VALUE …, for a config of a Mask R-CNN with a 2fc box head.
@@ -116,7 +118,6 @@ def overrides(
     opts: Dict[str, object] = {}
     if has("mst"):
         opts["INPUT.MIN_SIZE_TRAIN"] = list(scales)
-        opts["INPUT.MIN_SIZE_TRAIN_SAMPLING"] = "range"
     if resnet_norm:
         opts["MODEL.RESNETS.NORM"] = resnet_norm if has("norm") else "FrozenBN"
     opts["MODEL.FPN.NORM"] = norm if has("norm") else ""

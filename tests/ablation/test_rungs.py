@@ -44,7 +44,10 @@ def test_model_has_the_parts(name):
     heads, norms = model.roi_heads, [m for m in model.backbone.fpn_output2.children()]
     assert type(model.backbone) is (PAFPN if "bpa" in rung.parts else FPN)
     assert any(isinstance(n, torch.nn.GroupNorm) for n in norms) == ("norm" in rung.parts)
-    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == ("range" if "mst" in rung.parts else "choice")
+    sizes, stride = cfg.INPUT.MIN_SIZE_TRAIN, model.backbone.size_divisibility
+    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice"
+    assert len(sizes) == (5 if "mst" in rung.parts else 1) and 256 in sizes
+    assert all(size % stride == 0 for size in sizes)
     for pooler in (heads.box_pooler, heads.mask_pooler):
         assert isinstance(pooler, AdaptiveROIPooler) == ("afp" in rung.parts)
         if "afp" in rung.parts:
