@@ -210,22 +210,24 @@ def main(argv: Optional[List[str]] = None) -> int:
     results = os.path.abspath(args.results or os.path.join(ROOT, "docs/ablation", args.data))
     try:
         config_file = args.config_file or BASELINES[args.data]
+        models = read_models(results)
         if args.time:
-            models = read_models(results)
             opts = recorded_opts(results, args.rungs)
             if not opts:
                 raise DataError(f"{results} has no runs of {', '.join(args.rungs)} to time.")
             for name, times in time_models(config_file, opts, args.time).items():
                 models.setdefault(name, {}).update(times)
-            write_models(results, models)
         elif not args.report:
             failures = train(args, config_file, results)
             if failures:
                 print("\n".join(f"error: {line}" for line in failures), file=sys.stderr)
                 return 1
-            models = read_models(results)
-            opts = recorded_opts(results, [n for n in RUNGS if n not in models])
-            write_models(results, {**models, **describe_models(config_file, opts)})
+        if not args.report:
+            unknown = [name for name in RUNGS if "gflops" not in models.get(name, {})]
+            sizes = describe_models(config_file, recorded_opts(results, unknown))
+            for name, size in sizes.items():
+                models.setdefault(name, {}).update(size)
+            write_models(results, models)
         report(results, document)
         print(table(load_results(results), read_models(results)))
     except (CheckpointError, ConfigError, DataError, OSError, RunFailed) as e:

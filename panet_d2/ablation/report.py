@@ -46,21 +46,23 @@ def load_results(folder: str) -> Results:
         DataError: if they differ in more than rung and seed, and so cannot be compared.
     """
     results: Results = defaultdict(dict)
-    first = None
+    firsts: Dict[str, tuple] = {}  # name and settings of the first file: of all, and of each rung
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             with open(os.path.join(folder, name)) as f:
                 run = json.load(f)
             if run.get("rung") not in RUNGS:
                 continue
-            shared = {k: v for k, v in run.get("settings", {}).items() if k not in _RUNG_KEYS}
-            first = first or (name, shared)
-            key = differing_key(shared, first[1])
-            if key:
-                raise DataError(
-                    f"{folder} holds runs that cannot be compared: {key} is {shared.get(key)} "
-                    f"in {name}, {first[1].get(key)} in {first[0]}."
-                )
+            own = run.get("settings", {})
+            shared = {k: v for k, v in own.items() if k not in _RUNG_KEYS}
+            for kind, settings in (("all", shared), (run["rung"], own)):
+                first, others = firsts.setdefault(kind, (name, settings))
+                key = differing_key(settings, others)
+                if key:
+                    raise DataError(
+                        f"{folder} holds runs that cannot be compared: {key} is "
+                        f"{settings.get(key)} in {name}, {others.get(key)} in {first}."
+                    )
             results[run["rung"]][run["seed"]] = run
     return dict(results)
 

@@ -76,3 +76,13 @@ def test_runs_that_differ_in_more_than_their_rung_are_not_compared(tmp_path):
         write_run(tmp_path, "+hhd", 2, 32.0, opts)
         with pytest.raises(DataError, match="SOLVER.MAX_ITER is (800|None) in .*, 600 in"):
             load_results(str(tmp_path))
+
+
+def test_seeds_of_a_rung_were_trained_alike(tmp_path):
+    """Even in what rungs differ in."""
+    write_run(tmp_path, "+norm", 1, 30.0)
+    write_run(tmp_path, "+bpa", 1, 30.0, ("MODEL.FPN.NORM", "BN"))
+    assert len(load_results(str(tmp_path))) == 2
+    write_run(tmp_path, "+norm", 2, 31.0, ("MODEL.FPN.NORM", "BN"))
+    with pytest.raises(DataError, match=r"MODEL.FPN.NORM is BN in .*2.json, GN in .*1.json"):
+        load_results(str(tmp_path))

@@ -134,9 +134,12 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     baseline, mst = ([cell.strip() for cell in row] for row in rows)
     assert {f"{1e3 * seconds:.0f}" for seconds in timed} <= set(baseline)
     assert {"500", "250"} <= set(mst)  # its own run's
+    (results / "models.json").write_text(json.dumps({"baseline": sizes}))
     command = ["--time", "1", "--results", str(results), "--document", str(document)]
     assert tool.main(command) == 0 and len(built) == 3  # all that have runs
-    assert "seconds_per_step" in json.loads((results / "models.json").read_text())["+mst"]
+    models = json.loads((results / "models.json").read_text())
+    assert "seconds_per_step" in models["+mst"] and models["baseline"].items() > sizes.items()
+    assert models["+mst"]["gflops"] > 5  # that were missing
 
 
 def test_models_are_timed_with_equal_counts(monkeypatch):
