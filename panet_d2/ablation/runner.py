@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import isnan
 from os import cpu_count
 from statistics import median
 from typing import Callable, Dict, List, Optional, Sequence
@@ -30,6 +31,9 @@ __all__ = [
     "result_of",
     "run_all",
 ]
+
+
+_AP = [f"{task}/AP{kind}" for task in ("bbox", "segm") for kind in ("", "50", "75", "s", "m", "l")]
 
 
 class RunFailed(RuntimeError):
@@ -142,6 +146,10 @@ def result_of(run: Run, output: str) -> Dict:
         dict: what the report needs of it.
     """
     history = read_history(os.path.join(output, "metrics.json"))
+    for line in history:
+        # Of a model that finds nothing at all Detectron2 says nan for boxes, and nothing of masks.
+        if isnan(line.get("bbox/AP", 0.0)):
+            line.update({key: 0.0 for key in _AP})
     evaluated, trained = evaluations(history), losses(history)
     last = evaluated[max(evaluated)]
     with open(os.path.join(output, "log.txt")) as f:

@@ -41,6 +41,18 @@ def test_result_of_a_resumed_run(tmp_path):
     }
 
 
+def test_a_model_that_finds_nothing_has_no_ap(tmp_path):
+    """Detectron2 then says nan for boxes and nothing of masks."""
+    write_output(tmp_path)
+    with open(tmp_path / "metrics.json", "a") as f:
+        f.write('\n{"iteration": 5, "time": 1.0, "total_loss": 1.0}')
+        f.write('\n{"iteration": 6, "bbox/AP": NaN, "bbox/AP50": NaN}')
+    result = result_of(RUN, str(tmp_path))
+    assert result["steps"] == 6 and result["curve"] == {2: 10.0, 5: 20.0, 6: 0.0}
+    kinds = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert result["results"] == {f"{task}/{k}": 0.0 for task in ("bbox", "segm") for k in kinds}
+
+
 def test_a_run_is_a_training_run(tmp_path, monkeypatch):
     commands = []
 
