@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from statistics import median
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from detectron2.modeling import build_model
 
@@ -75,41 +75,42 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
     models = {}
     for name, of_rung in opts.items():
         cfg = setup_config(config_file, [*of_rung, *FIXED_COUNTS], needed=())
-        models[name] = build_model(cfg)
+        models[name] = tame(build_model(cfg))
     inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    tasks = {"seconds_per_step": training_step, "seconds_per_image": inference}
     times: Dict[str, dict] = {name: {} for name in opts}
-    for key, task in tasks.items():
-        runs = {}
-        for name, model in models.items():
-            # Before inference once more: training moves the statistics of batch norm.
-            set_score_threshold(tame(model), inputs[:1])
-            runs[name] = task(model, inputs if task is training_step else inputs[:1])
+
+    def measure(key: str, runs: Dict[str, Callable]) -> None:
         for name, seconds in interleaved(runs, cfg.MODEL.DEVICE, repeats, warmup=2).items():
             times[name][key] = median(seconds)
+
+    measure("seconds_per_step", {n: training_step(m, inputs) for n, m in models.items()})
+    for model in models.values():  # only now: training moves the statistics of batch norm
+        set_score_threshold(model, inputs)
+    measure("seconds_per_image", {n: inference(m, inputs[:1]) for n, m in models.items()})
     return times
 
 
-def report(results: str, document: Optional[str]) -> None:
+def report(results: str, models: Dict[str, dict], document: Optional[str]) -> str:
     """
     Draw the plots, and put the table into the document, if there is one, between the marks that
-    have the name of the folder of results.
+    have the name of the folder of results. Returns the table.
     """
     runs = load_results(results)
-    models = read_models(results)
+    rows = table(runs, models)
     plot_curves(runs, os.path.join(results, "curves.png"))
     plot_differences(runs, os.path.join(results, "differences.png"))
     if not document:
-        return
+        return rows
     with open(document, encoding="utf-8") as f:
         text = f.read()
     name = os.path.basename(results)
     marks = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
     if not re.search(marks, text, flags=re.S):
         raise DataError(f"{document} has no place between <!-- table {name} --> and <!-- end -->.")
-    text = re.sub(marks, lambda m: f"{m[1]}\n{table(runs, models)}\n{m[2]}", text, flags=re.S)
+    text = re.sub(marks, lambda m: f"{m[1]}\n{rows}\n{m[2]}", text, flags=re.S)
     with open(document, "w", encoding="utf-8") as f:
         f.write(text)
+    return rows
 
 
 def read_models(results: str) -> Dict[str, dict]:
@@ -228,8 +229,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             for name, size in sizes.items():
                 models.setdefault(name, {}).update(size)
             write_models(results, models)
-        report(results, document)
-        print(table(load_results(results), read_models(results)))
+        print(report(results, models, document))
     except (CheckpointError, ConfigError, DataError, OSError, RunFailed) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
