@@ -20,6 +20,7 @@ from panet_d2.engine import (
     load_for_inference,
     setup_config,
 )
+from panet_d2.evaluation import check_evaluators
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -28,6 +29,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
     Trainer.check_test_aug(cfg)
+    check_evaluators(cfg)
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
         # Before anything is written there.
         raise CheckpointError(

@@ -1,4 +1,4 @@
-from .build import build_evaluator
+from .build import build_evaluator, check_evaluators
 from .history import evaluations, losses, read_history
 from .inspection import level_shares, mask_paths
 from .matching import ImageMatch, average_precision, match_predictions, precision_recall
@@ -15,6 +15,7 @@ __all__ = [
     "annotation_mask",
     "average_precision",
     "build_evaluator",
+    "check_evaluators",
     "draw_comparison",
     "draw_mask_paths",
     "evaluations",

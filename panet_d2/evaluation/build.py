@@ -21,8 +21,12 @@ from detectron2.evaluation import (
 
 from ..config import ConfigError
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "check_evaluators"]
 
+_KNOWN_TYPES = (
+    *("coco", "coco_panoptic_seg", "sem_seg", "lvis"),
+    *("cityscapes_instance", "cityscapes_sem_seg", "pascal_voc"),
+)
 # COCO's own limit on the detections of one image that count.
 _COCO_MAX_DETECTIONS = 100
 
@@ -44,7 +48,7 @@ def build_evaluator(
         ConfigError: if no evaluator is known for the data set.
     """
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+    kind = _evaluator_type(dataset_name)
     evaluators: List[DatasetEvaluator] = []
     if kind in ("sem_seg", "coco_panoptic_seg"):
         evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=folder))
@@ -68,10 +72,28 @@ def build_evaluator(
         evaluators.append(CityscapesSemSegEvaluator(dataset_name))
     if kind == "pascal_voc":
         evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
-    if not evaluators:
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """
+    Say before a run, and not when it is trained, that it cannot be evaluated.
+
+    Args:
+        cfg (CfgNode): the config of the run.
+
+    Raises:
+        ConfigError: if no evaluator is known for one of ``DATASETS.TEST``.
+    """
+    for name in cfg.DATASETS.TEST:
+        _evaluator_type(name)
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+    if kind not in _KNOWN_TYPES:
         raise ConfigError(
             f"DATASETS.TEST names {dataset_name!r}, whose evaluator_type is {kind!r}; known are "
-            "coco, coco_panoptic_seg, sem_seg, lvis, cityscapes_instance, cityscapes_sem_seg and "
-            "pascal_voc."
+            f"{', '.join(_KNOWN_TYPES[:-1])} and {_KNOWN_TYPES[-1]}."
         )
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return kind

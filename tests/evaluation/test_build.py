@@ -4,7 +4,7 @@ from detectron2.evaluation import COCOEvaluator
 
 from panet_d2 import ConfigError
 from panet_d2.data import register_coco_file
-from panet_d2.evaluation import build_evaluator
+from panet_d2.evaluation import build_evaluator, check_evaluators
 
 from ..common import tiny_cfg, write_coco
 
@@ -56,3 +56,12 @@ def test_unknown_type():
     MetadataCatalog.get("some_oddity").evaluator_type = "oddity"
     with pytest.raises(ConfigError, match="'some_oddity'.*'oddity'.*coco, "):
         build_evaluator(tiny_cfg(), "some_oddity")
+
+
+def test_all_are_checked_before_a_run(tmp_path):
+    register_coco_file("evaluated", *write_coco(tmp_path))
+    MetadataCatalog.get("some_other_oddity").evaluator_type = "oddity"
+    check_evaluators(tiny_cfg("DATASETS.TEST", []))
+    check_evaluators(tiny_cfg("DATASETS.TEST", ["evaluated"]))
+    with pytest.raises(ConfigError, match="'some_other_oddity'.*'oddity'.* and pascal_voc"):
+        check_evaluators(tiny_cfg("DATASETS.TEST", ["evaluated", "some_other_oddity"]))
