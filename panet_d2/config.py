@@ -96,6 +96,12 @@ def add_panet_config(cfg: CN) -> None:
     # that a broken one is named then and not hours later.
     _C.DATASETS.CHECK_IMAGES = True
 
+    # Draw one of INPUT.MIN_SIZE_TRAIN for all images of a batch that one process gets, not one
+    # for each, so that they need no padding (but for what they differ in shape). GroupNorm's
+    # statistics in the neck are of the padded map, and at inference one image has no padding.
+    # Read by panet_d2.engine.Trainer.
+    _C.INPUT.MIN_SIZE_TRAIN_PER_BATCH = False
+
     # ---------------------------------------------------------------------------------------- #
     # Solver
     # ---------------------------------------------------------------------------------------- #

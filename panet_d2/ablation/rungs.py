@@ -107,9 +107,10 @@ def overrides(
         resnet_norm (str): of a pretrained ResNet: "norm" trains it along, which is what the
             paper does, and without "norm" it is frozen. None for a ResNet from scratch, which
             has the config's.
-        scales (sequence[int]): shorter sides of the training images, that "mst" draws from. A list
-            as in Detectron2's configs and not a range: where every size is a multiple of the
-            neck's stride, one image of a batch of two at least is not padded, as at inference.
+        scales (sequence[int]): shorter sides of the training images, that "mst" draws from: a list
+            as in Detectron2's configs, of multiples of the neck's stride, and one size for each
+            batch. The images are then not padded, as they are not at inference; GroupNorm's
+            statistics are of the padded map.
 
     Returns:
         list: KEY VALUE KEY VALUE …, for a config of a Mask R-CNN with a 2fc box head.
@@ -118,6 +119,7 @@ def overrides(
     opts: Dict[str, object] = {}
     if has("mst"):
         opts["INPUT.MIN_SIZE_TRAIN"] = list(scales)
+        opts["INPUT.MIN_SIZE_TRAIN_PER_BATCH"] = True
     if resnet_norm:
         opts["MODEL.RESNETS.NORM"] = resnet_norm if has("norm") else "FrozenBN"
     opts["MODEL.FPN.NORM"] = norm if has("norm") else ""

@@ -6,13 +6,16 @@ import os
 import signal
 import threading
 from functools import cache
-from typing import Tuple
+from typing import Any, Dict, Tuple
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import annotations_to_instances
-from detectron2.data.transforms import TransformList
+from detectron2.data.transforms import ResizeShortestEdge, TransformList
 from torch.utils.data import get_worker_info
 
+from ..config import ConfigError, checked
+from .augmentation import ResizeShortestEdgePerBatch
 from .check import DataError
 
 __all__ = ["NamedImageMapper"]
@@ -42,6 +45,22 @@ class NamedImageMapper(DatasetMapper):
     a data loader that use it are ended by their parent alone, and not by anybody's SIGTERM.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        ret = super().from_config(cfg, is_train)
+        if is_train and checked(cfg, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", (True, False)):
+            ret["augmentations"] = [
+                ResizeShortestEdgePerBatch(
+                    cfg.INPUT.MIN_SIZE_TRAIN,
+                    cfg.INPUT.MAX_SIZE_TRAIN,
+                    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+                )
+                if type(augmentation) is ResizeShortestEdge
+                else augmentation
+                for augmentation in ret["augmentations"]
+            ]
+        return ret
+
     def __call__(self, dataset_dict: dict) -> dict:
         """
         Args:
@@ -51,12 +70,16 @@ class NamedImageMapper(DatasetMapper):
             dict: what Detectron2's models accept.
 
         Raises:
+            ConfigError: see
+                :meth:`panet_d2.data.augmentation.ResizeShortestEdgePerBatch.get_transform`.
             DataError: if the image or its annotations cannot be used.
         """
         if get_worker_info() is not None:
             _heed_only_the_parents_sigterm()
         try:
             return super().__call__(dataset_dict)
+        except ConfigError:  # is not the image's fault
+            raise
         # Pillow raises almost anything for broken files, and so does Detectron2 for annotations.
         except Exception as e:
             raise DataError(

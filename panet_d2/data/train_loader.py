@@ -18,11 +18,13 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from torch.utils.data import Dataset, Sampler
 
-from ..config import ConfigError
+from ..config import ConfigError, checked
+from .augmentation import images_of_batch
 
 __all__ = ["StreamSampler", "build_train_loader", "seed_all", "seeded"]
 
-Token = Tuple[int, int]  # position in the stream of this process, index into the data set
+# Position in the stream of this process, index into the data set, number of the batch.
+Token = Tuple[int, int, int]
 
 
 def seed_all(*entropy: int) -> None:
@@ -64,7 +66,8 @@ def _seed_cpu(entropy: Sequence[int], seed_torch: Callable[[int], Any]) -> None:
 
 class StreamSampler(Sampler):
     """
-    Another sampler's infinite stream of indices, each with its position, from any batch on.
+    Another sampler's infinite stream of indices, each with its position and its batch, from any
+    batch on. The numbers of batches are in no order where images are grouped.
     """
 
     def __init__(
@@ -92,11 +95,22 @@ class StreamSampler(Sampler):
         self.num_workers = num_workers
 
     def __iter__(self) -> Iterator[Token]:
-        stream: Iterator[Token] = enumerate(iter(self.sampler))
+        stream = self._numbered()
         if self.groups is None:
             return islice(stream, self.start * self.batch_size, None)
         stream = chain(self._left_over(stream), stream)
         return self._dealt_out(stream) if self.num_workers > 1 else stream
+
+    def _numbered(self) -> Iterator[Token]:
+        if self.groups is None:
+            for position, index in enumerate(self.sampler):
+                yield position, index, position // self.batch_size
+            return
+        seen = [0, 0]
+        for position, index in enumerate(self.sampler):
+            group = self.groups[index]
+            yield position, index, 2 * (seen[group] // self.batch_size) + group
+            seen[group] += 1
 
     def _left_over(self, stream: Iterator[Token]) -> List[Token]:
         """Use up the batches to leave out; what no batch was complete for is still to come."""
@@ -135,8 +149,8 @@ class _MappedStream(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, token: Token) -> dict:
-        position, index = token
-        with seeded(*self.entropy, position):
+        position, index, batch = token
+        with seeded(*self.entropy, position), images_of_batch(*self.entropy, batch):
             return self.mapper(self.dataset[index])
 
 
@@ -148,8 +162,9 @@ def build_train_loader(
     the same, order and augmentation alike, and that it can begin with any of them.
 
     Args:
-        cfg (CfgNode): the config of the run. Where ``SEED`` is negative, this is Detectron2's
-            loader, and ``start`` is of no consequence.
+        cfg (CfgNode): the config of the run. Where ``SEED`` is negative, ``start`` is of no
+            consequence, and this is Detectron2's loader, unless the images of a batch share their
+            size (``INPUT.MIN_SIZE_TRAIN_PER_BATCH``).
         mapper (callable): makes what the model accepts of an image in Detectron2's dataset format.
         start (int): batches to leave out.
 
@@ -166,22 +181,24 @@ def build_train_loader(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
             f"number of processes, which is {processes}."
         )
-    if cfg.SEED < 0:
-        return build_detection_train_loader(cfg, mapper=mapper)
-    with seeded(cfg.SEED):  # the sampler draws its seed from NumPy's generator
+    seed, same_size = cfg.SEED, checked(cfg, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", (True, False))
+    if seed < 0:
+        if not same_size:
+            return build_detection_train_loader(cfg, mapper=mapper)
+        seed, start = comm.shared_random_seed(), 0
+    with seeded(seed):  # the sampler draws its seed from NumPy's generator
         args = _train_loader_from_config(cfg, mapper=mapper)
     dicts, workers = args["dataset"], args["num_workers"]
     grouped = args["aspect_ratio_grouping"]
     if grouped and not all("width" in d and "height" in d for d in dicts):
+        other = f"SEED {cfg.SEED}" if cfg.SEED >= 0 else "INPUT.MIN_SIZE_TRAIN_PER_BATCH True"
         raise ConfigError(
-            f"DATALOADER.ASPECT_RATIO_GROUPING is True and SEED {cfg.SEED}, but DATASETS.TRAIN has "
-            "images that are registered without width and height; give them these, or set the "
-            "one to False or the other to -1."
+            f"DATALOADER.ASPECT_RATIO_GROUPING is True and {other}, but DATASETS.TRAIN has images "
+            "that are registered without width and height; give them these, or do without one of "
+            "the two."
         )
     batch_size = args["total_batch_size"] // processes
-    args["dataset"] = _MappedStream(
-        DatasetFromList(dicts, copy=False), args.pop("mapper"), cfg.SEED
-    )
+    args["dataset"] = _MappedStream(DatasetFromList(dicts, copy=False), args.pop("mapper"), seed)
     args["sampler"] = StreamSampler(
         args["sampler"],
         batch_size,
@@ -190,4 +207,4 @@ def build_train_loader(
         workers,
     )
     # With a generator of its own, the loader draws no number from torch's when it is first used.
-    return build_detection_train_loader(**args, mapper=None, seed=cfg.SEED)
+    return build_detection_train_loader(**args, mapper=None, seed=seed)

@@ -48,6 +48,7 @@ def test_model_has_the_parts(name):
     assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice"
     assert len(sizes) == (5 if "mst" in rung.parts else 1) and 256 in sizes
     assert all(size % stride == 0 for size in sizes)
+    assert cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH == ("mst" in rung.parts)
     for pooler in (heads.box_pooler, heads.mask_pooler):
         assert isinstance(pooler, AdaptiveROIPooler) == ("afp" in rung.parts)
         if "afp" in rung.parts:

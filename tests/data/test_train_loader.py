@@ -4,6 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
 
 from panet_d2 import ConfigError
@@ -76,9 +77,11 @@ def batches(cfg, count, start=0):
     ]
 
 
+@pytest.mark.parametrize("per_batch", [True, False])
 @pytest.mark.parametrize("grouping", [True, False])
-def test_any_batch_can_be_the_first(cfg, upright, grouping):
+def test_any_batch_can_be_the_first(cfg, upright, grouping, per_batch):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = per_batch
     whole = batches(cfg, 30)
     assert len({shape for batch in whole for _, _, shape, _ in batch}) > 10  # sizes are drawn
     for start in (1, 2, 3, 7, 8, 15, 29):
@@ -86,13 +89,54 @@ def test_any_batch_can_be_the_first(cfg, upright, grouping):
 
 
 @pytest.mark.parametrize("grouping", [True, False])
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_change_nothing(cfg, upright, grouping, workers):
+@pytest.mark.parametrize("workers, per_batch", [(1, False), (2, True), (2, False), (3, True)])
+def test_workers_change_nothing(cfg, upright, grouping, workers, per_batch):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = per_batch
     whole = batches(cfg, 12)
     cfg.DATALOADER.NUM_WORKERS = workers
     assert batches(cfg, 12) == whole
     assert batches(cfg, 5, 7) == whole[7:]
+
+
+@pytest.mark.parametrize("seed, workers", [(5, 0), (5, 2), (-1, 0), (-1, 2)])
+@pytest.mark.parametrize("grouping", [True, False])
+def test_a_size_for_each_batch(cfg, upright, grouping, seed, workers):
+    cfg.merge_from_list(["SEED", seed, "DATALOADER.NUM_WORKERS", workers])
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    shapes = [{shape for _, _, shape, _ in batch} for batch in batches(cfg, 30)]
+    assert sum(len(of_batch) > 1 for of_batch in shapes) > 15  # each image has its own
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    drawn = batches(cfg, 30)
+    shapes = [{shape for _, _, shape, _ in batch} for batch in drawn]
+    assert all(len(of_batch) == 1 for of_batch in shapes)
+    sizes = [min(shape[1:]) for of_batch in shapes for shape in of_batch]
+    assert len(set(sizes)) > 10 and min(sizes) >= 48 and max(sizes) <= 80
+    # Nothing else is shared.
+    assert len({noise for batch in drawn for _, noise, _, _ in batch}) == 60
+
+
+def test_sizes_of_a_list_are_drawn_alike(cfg):
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", [48, 64, 80]])
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    sizes = [min(batch[0][2][1:]) for batch in batches(cfg, 300)]
+    counts = [sizes.count(size) for size in (48, 64, 80)]
+    assert sum(counts) == 300 and min(counts) > 70  # of 100; four standard deviations are 33
+
+
+def test_a_size_of_the_batch_needs_a_batch(cfg):
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    image = DatasetCatalog.get("stream_squares")[0]
+    with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TRAIN_PER_BATCH.*Trainer"):
+        NamedImageMapper(cfg, True)(image)
+    assert NamedImageMapper(cfg, False)(image)["image"].shape[0] == 3
+
+
+def test_a_size_of_the_batch_or_not(cfg):
+    with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TRAIN_PER_BATCH is None.*True, False"):
+        cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = None
+        build_train_loader(cfg, NamedImageMapper(cfg, False))
 
 
 def test_images_of_a_batch_are_of_one_kind(cfg, upright):
@@ -131,8 +175,8 @@ def test_loading_leaves_the_generators_alone(cfg):
     expected = random.random(), np.random.rand(), torch.rand(3).tolist()
     seed_all(1, 2)
     batch = build_train_loader(cfg, Noisy(cfg, True))
-    for mapped in batch.dataset.dataset.dataset[(0, 1)], batch.dataset.dataset.dataset[(4, 2)]:
-        assert mapped["noise"]
+    for token in (0, 1, 0), (4, 2, 2):
+        assert batch.dataset.dataset.dataset[token]["noise"]
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
 
 
@@ -166,6 +210,10 @@ def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
     monkeypatch.setattr(train_loader, "_train_loader_from_config", without_sizes)
     with pytest.raises(ConfigError, match="DATALOADER.ASPECT_RATIO_GROUPING.*SEED 5.*width"):
         build_train_loader(cfg, NamedImageMapper(cfg, True))
+    cfg.merge_from_list(["SEED", -1, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", True])
+    with pytest.raises(ConfigError, match="ASPECT_RATIO_GROUPING.*PER_BATCH True.*width"):
+        build_train_loader(cfg, NamedImageMapper(cfg, True))
+    cfg.merge_from_list(["SEED", 5, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", False])
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     next(iter(build_train_loader(cfg, NamedImageMapper(cfg, True))))
 

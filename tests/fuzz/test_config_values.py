@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from panet_d2 import ConfigError, add_panet_config
-from panet_d2.data import setup_datasets
+from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.check import check_training_images
 from panet_d2.engine import Trainer, setup_config
 from panet_d2.layers import FUSIONS
@@ -58,6 +58,7 @@ def use(cfg: CfgNode) -> None:
     """All that reads one of our keys, short of training."""
     setup_datasets(cfg)
     check_training_images(cfg)
+    NamedImageMapper(cfg, True)
     with torch.device("meta"):
         build_model(cfg)
     Trainer.build_optimizer(cfg, nn.Linear(1, 1))
