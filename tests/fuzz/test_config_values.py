@@ -58,7 +58,9 @@ def use(cfg: CfgNode) -> None:
     """All that reads one of our keys, short of training."""
     setup_datasets(cfg)
     check_training_images(cfg)
-    NamedImageMapper(cfg, True)
+    without_keypoints = cfg.clone()  # whose names it would take from a data set
+    without_keypoints.MODEL.KEYPOINT_ON = False
+    NamedImageMapper(without_keypoints, True)
     with torch.device("meta"):
         build_model(cfg)
     Trainer.build_optimizer(cfg, nn.Linear(1, 1))
