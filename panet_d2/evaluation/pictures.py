@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Dict, List, Tuple
 
 import cv2
@@ -123,7 +124,9 @@ def _draw_wrong_pixels(canvas: np.ndarray, match: ImageMatch, size: Tuple[int, i
 def _text(canvas: np.ndarray, text: str, at: Tuple[int, int], color: Tuple[int, int, int]) -> int:
     """Write with a dark outline, readable on anything; returns the width."""
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-    cv2.putText(canvas, text, at, font, scale, (0, 0, 0), 3, cv2.LINE_AA)
+    # Not a thicker text behind it: in OpenCV 5 that is also a wider one.
+    for dx, dy in product((-1, 0, 1), repeat=2):
+        cv2.putText(canvas, text, (at[0] + dx, at[1] + dy), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
     cv2.putText(canvas, text, at, font, scale, color, 1, cv2.LINE_AA)
     return cv2.getTextSize(text, font, scale, 1)[0][0]
 
