@@ -90,6 +90,29 @@ def test_all_start_from_one_resnet(data, norm, tmp_path, monkeypatch):
         assert run.opts[place + 1] == "resnet.pth" and run.opts[-len(steps) :] != steps
 
 
+@pytest.mark.parametrize(
+    "data, pretrain, steps", [("shapes", "1600", "3200"), ("dsb2018", "1200", "1200")]
+)
+def test_committed_runs_are_those_of_the_documented_commands(
+    data, pretrain, steps, tmp_path, monkeypatch
+):
+    runs = []
+    monkeypatch.setattr(tool, "setup_config", partial(setup_config, needed=()))  # without the data
+    monkeypatch.setattr(tool, "pretrained_resnet", lambda run, *_: f"/x/{run.name}_resnet.pth")
+    monkeypatch.setattr(tool, "run_all", lambda made, *_: runs.extend(made) or ["failed"])
+    command = ["--data", data, "--pretrain", pretrain, "--steps", steps]
+    assert (
+        " ".join(["python tools/ablation.py", *command]) in (ROOT / "docs/ablation.md").read_text()
+    )
+    assert tool.main([*command, "--results", str(tmp_path), "--groups", *tool.GROUPS]) == 1
+    made = {(run.rung, str(run.seed)): run.settings for run in runs}
+    committed = load_results(str(ROOT / "docs/ablation" / data))
+    assert "baseline" in committed
+    for rung, seeds in committed.items():
+        for seed, result in seeds.items():
+            assert result["settings"] == made[rung, str(seed)], (rung, seed)
+
+
 def test_models_are_described():
     opts = {n: [*map(str, tool.overrides(tool.RUNGS[n]))] for n in ("baseline", "+ff")}
     models = tool.describe_models(tool.BASELINES["shapes"], opts)
