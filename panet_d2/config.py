@@ -106,7 +106,9 @@ def add_panet_config(cfg: CN) -> None:
     # Solver
     # ---------------------------------------------------------------------------------------- #
     # "SGD" (Detectron2's and the paper's) or "ADAMW", which gets much further in the few hundred
-    # steps that a model trained from scratch on a CPU has. Read by panet_d2.engine.Trainer.
+    # steps that a model trained from scratch on a CPU has. Behind the box head of four convs its
+    # steps are large for the fc layer: with a SOLVER.WARMUP_ITERS of some hundred most units live
+    # (docs/ablation.md). Read by panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
 
 
