@@ -16,17 +16,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
-from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from tabulate import tabulate
-from torch import nn
 from tqdm import tqdm
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
 from panet_d2.data import DataError, NamedImageMapper, spread_evenly
-from panet_d2.engine import load_for_inference, setup_config
+from panet_d2.engine import load_run, setup_config
 from panet_d2.evaluation import (
     annotation_mask,
     average_precision,
@@ -86,14 +84,6 @@ def predictions(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
-    """The model of a run: its last weights, unless MODEL.WEIGHTS is given."""
-    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    model = build_model(cfg).eval()
-    load_for_inference(model, final if os.path.isfile(final) else cfg.MODEL.WEIGHTS)
-    return model
-
-
 def test_images(cfg: CfgNode, count: int) -> List[dict]:
     """Some of the images of the first test set, evenly spread, in Detectron2's format."""
     return spread_evenly(get_detection_dataset_dicts(cfg.DATASETS.TEST[:1]), count)
@@ -102,7 +92,7 @@ def test_images(cfg: CfgNode, count: int) -> List[dict]:
 def levels(args: argparse.Namespace) -> int:
     """Plot which pyramid level gives the features that max fusion keeps, over a data set."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-    model, mapper = load_model(cfg), NamedImageMapper(cfg, False)
+    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     dicts = test_images(cfg, args.number)
     inputs = ([mapper(record)] for record in tqdm(dicts, desc="images", unit="image"))
     shares = level_shares(model, inputs)
@@ -125,7 +115,7 @@ def levels(args: argparse.Namespace) -> int:
 def masks(args: argparse.Namespace) -> int:
     """Draw the masks of both paths of the mask head, for objects of all sizes and their boxes."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-    model, mapper = load_model(cfg), NamedImageMapper(cfg, False)
+    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     objects = [
         (record, annotation)
         for record in test_images(cfg, args.images)

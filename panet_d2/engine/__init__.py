@@ -1,4 +1,11 @@
-from .defaults import Predictor, latest_checkpoint, load_for_inference, read_config, setup_config
+from .defaults import (
+    Predictor,
+    latest_checkpoint,
+    load_for_inference,
+    load_run,
+    read_config,
+    setup_config,
+)
 from .launch import EXPECTED_ERRORS, launch
 from .trainer import Trainer, TrainingDiverged
 
@@ -10,6 +17,7 @@ __all__ = [
     "latest_checkpoint",
     "launch",
     "load_for_inference",
+    "load_run",
     "read_config",
     "setup_config",
 ]

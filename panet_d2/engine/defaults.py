@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Iterable, Optional, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
 from torch import nn
 from yaml import YAMLError
 
@@ -17,7 +18,14 @@ from ..checkpoint import StrictCheckpointer
 from ..config import ConfigError, add_panet_config
 from ..data import setup_datasets
 
-__all__ = ["Predictor", "latest_checkpoint", "load_for_inference", "read_config", "setup_config"]
+__all__ = [
+    "Predictor",
+    "latest_checkpoint",
+    "load_for_inference",
+    "load_run",
+    "read_config",
+    "setup_config",
+]
 
 logger = logging.getLogger("panet_d2")
 
@@ -111,6 +119,26 @@ def load_for_inference(model: nn.Module, weights: str) -> None:
         CheckpointError: if it does not fit, or cannot be read.
     """
     StrictCheckpointer(model).load(weights, checkpointables=[])
+
+
+def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
+    """
+    Args:
+        cfg (CfgNode): the config of a run, for instance its ``config.yaml``.
+        opts (sequence[str]): the overrides that it was read with.
+
+    Returns:
+        nn.Module: the run's model, for inference, with the weights that the run ended with;
+        with ``MODEL.WEIGHTS`` where ``opts`` has it, or where ``OUTPUT_DIR`` has no such weights.
+
+    Raises:
+        CheckpointError: see :func:`load_for_inference`.
+    """
+    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    ended = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
+    model = build_model(cfg).eval()
+    load_for_inference(model, final if ended else cfg.MODEL.WEIGHTS)
+    return model
 
 
 class Predictor(DefaultPredictor):

@@ -1,6 +1,6 @@
 from .build import build_evaluator, check_evaluators
 from .history import evaluations, losses, read_history
-from .inspection import level_shares, mask_paths
+from .inspection import dead_units, evaluate_true_boxes, level_shares, mask_paths
 from .matching import ImageMatch, average_precision, match_predictions, precision_recall
 from .pictures import annotation_mask, draw_comparison
 from .plots import (
@@ -16,8 +16,10 @@ __all__ = [
     "average_precision",
     "build_evaluator",
     "check_evaluators",
+    "dead_units",
     "draw_comparison",
     "draw_mask_paths",
+    "evaluate_true_boxes",
     "evaluations",
     "level_shares",
     "losses",

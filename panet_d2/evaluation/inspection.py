@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from functools import partial
 from typing import Dict, Iterable, List, Tuple
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.structures import Boxes
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+from detectron2.structures import Boxes, BoxMode, Instances
 
+from ..data import NamedImageMapper
 from ..modeling import PANetMaskHead, adaptive_poolers
 
-__all__ = ["level_shares", "mask_paths"]
+__all__ = ["dead_units", "evaluate_true_boxes", "level_shares", "mask_paths"]
 
 
 @torch.no_grad()
@@ -86,3 +94,99 @@ def mask_paths(
     else:  # class-agnostic
         fcn = fcn[:, 0]
     return fcn, fc[:, 0]
+
+
+@torch.no_grad()
+def dead_units(
+    model: GeneralizedRCNN, inputs: Iterable[List[dict]], proposals: int = 1000
+) -> Dict[str, torch.Tensor]:
+    """
+    Which outputs of the box head are zero for every proposal. Behind a ReLU such a unit has no
+    gradient, so that it is not trained either.
+
+    Args:
+        model (GeneralizedRCNN): with one or several box heads of Detectron2's kind.
+        inputs (iterable[list[dict]]): batches of images, as the model takes them for inference.
+        proposals (int): how many of an image count, those of the highest objectness. The heads of
+            a cascade see those that the one before has moved.
+
+    Returns:
+        dict[str, Tensor]: by the name of each box head, bool, of the shape of its output for one
+        proposal.
+
+    Raises:
+        ValueError: if the model has no box head that ends with a ReLU.
+    """
+    heads = {n: m for n, m in model.roi_heads.named_modules() if isinstance(m, FastRCNNConvFCHead)}
+    if not heads:
+        raise ValueError("the model has no box head of Detectron2's kind, which ends with a ReLU.")
+    alive: Dict[str, torch.Tensor] = {}
+
+    def see(name: str, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen = (output > 0).any(dim=0)
+        alive[name] = alive[name] | seen if name in alive else seen
+
+    hooks = [head.register_forward_hook(partial(see, name)) for name, head in heads.items()]
+    model.eval()
+    try:
+        for batch in inputs:
+            images = model.preprocess_image(batch)
+            features = model.backbone(images.tensor)
+            found, _ = model.proposal_generator(images, features)
+            model.roi_heads(images, features, [p[:proposals] for p in found])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: ~seen for name, seen in alive.items()}
+
+
+@torch.no_grad()
+def evaluate_true_boxes(
+    cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str
+) -> Dict[str, float]:
+    """
+    Mask AP where all boxes and classes are those of the truth and all scores are 1: what is wrong
+    are masks alone.
+
+    Args:
+        cfg (CfgNode): how images are resized.
+        model (GeneralizedRCNN): predicts masks.
+        dataset_name (str): a registered data set with masks, evaluated as COCO is.
+
+    Returns:
+        dict[str, float]: AP, AP50, AP75, APs, APm, APl, and the AP of each class, in percent.
+
+    Raises:
+        ValueError: if the model predicts no masks, or the data set has no objects.
+    """
+    if not getattr(model.roi_heads, "mask_on", False):
+        raise ValueError("the model predicts no masks.")
+    mapper = NamedImageMapper(cfg, False)
+    records = []
+    for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
+        objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+        if objects:
+            records.append((record, objects))
+    if not records:
+        raise ValueError(f"{dataset_name} has no objects.")
+    most = max(len(objects) for _, objects in records)
+    evaluator = COCOEvaluator(
+        dataset_name, ("segm",), distributed=False, max_dets_per_image=max(100, most)
+    )
+    evaluator.reset()
+    model.eval()
+    for record, objects in records:
+        image = mapper(record)
+        height, width = image["image"].shape[1:]
+        corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+        boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
+        boxes.scale(width / record["width"], height / record["height"])
+        given = Instances(
+            (height, width),
+            pred_boxes=boxes,
+            pred_classes=torch.tensor([a["category_id"] for a in objects]),
+            scores=torch.ones(len(objects)),
+        )
+        evaluator.process([image], model.inference([image], [given]))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
+        return dict(evaluator.evaluate()["segm"])

@@ -2,9 +2,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from panet_d2.evaluation import level_shares, mask_paths
+from panet_d2.data import register_coco_file
+from panet_d2.evaluation import dead_units, evaluate_true_boxes, level_shares, mask_paths
 
-from ..common import batch, tiny_cfg
+from ..common import batch, tiny_cfg, write_coco
 
 INPUTS = [[image] for image in batch(2)]
 
@@ -58,3 +59,59 @@ def test_a_model_without_the_path():
     cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False)
     with pytest.raises(ValueError, match="no fully-connected path"):
         mask_paths(build_model(cfg), INPUTS[0][0], torch.zeros(0, 4), torch.zeros(0).long())
+
+
+def test_dead_units():
+    model = build_model(tiny_cfg()).eval()
+    layer = model.roi_heads.box_head.fc1
+    with torch.no_grad():
+        layer.bias.fill_(1e4)
+        layer.bias[[3, 7]] = -1e4
+    (dead,) = dead_units(model, INPUTS).values()
+    assert dead.nonzero().flatten().tolist() == [3, 7]
+
+
+def test_a_unit_that_one_image_needs_is_not_dead():
+    model = build_model(tiny_cfg()).eval()
+    one, other = (
+        {k for k in dead_units(model, [i])["box_head"].nonzero().flatten().tolist()} for i in INPUTS
+    )
+    both = dead_units(model, INPUTS)["box_head"].nonzero().flatten().tolist()
+    assert set(both) == one & other
+    assert not model.roi_heads.box_head._forward_hooks
+
+
+def test_each_head_of_a_cascade_is_looked_at():
+    cfg = tiny_cfg(
+        *("MODEL.ROI_HEADS.NAME", "PANetCascadeROIHeads"),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+    )
+    assert set(dead_units(build_model(cfg), INPUTS)) == {"box_head.0", "box_head.1", "box_head.2"}
+
+
+@pytest.fixture
+def squares(tmp_path):
+    json_file, root = write_coco(tmp_path)
+    name = f"squares_{tmp_path.name}"
+    register_coco_file(name, json_file, root)
+    return name
+
+
+@pytest.mark.parametrize("bias, ap", [(50.0, 100.0), (-50.0, 0.0)])
+def test_masks_in_true_boxes(bias, ap, squares):
+    """The objects are squares, so that a mask that fills its box is right."""
+    cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False)
+    model = build_model(cfg).eval()
+    predictor = model.roi_heads.mask_head.predictor
+    with torch.no_grad():
+        predictor.weight.zero_()
+        predictor.bias.fill_(bias)
+    result = evaluate_true_boxes(cfg, model, squares)
+    assert result["AP"] == pytest.approx(ap) and result["AP75"] == pytest.approx(ap)
+    assert result["AP-class1"] == pytest.approx(ap)
+
+
+def test_masks_in_true_boxes_need_masks(squares):
+    cfg = tiny_cfg("MODEL.MASK_ON", False)
+    with pytest.raises(ValueError, match="no masks"):
+        evaluate_true_boxes(cfg, build_model(cfg), squares)

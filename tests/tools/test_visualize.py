@@ -75,6 +75,13 @@ def test_levels(trained, capsys):
     assert "box_pooler" in printed and "mask_pooler" in printed and " %" in printed
 
 
+def test_given_weights_go_before_those_of_the_run(trained, capsys):
+    config, output = str(trained / "config.yaml"), str(trained / "figures")
+    command = ["levels", "--config-file", config, "--output", output]
+    assert visualize.main([*command, "MODEL.WEIGHTS", "lost.pth"]) == 2
+    assert "lost.pth" in capsys.readouterr().err
+
+
 def test_masks(trained, capsys):
     config, output = str(trained / "config.yaml"), trained / "figures"
     command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]

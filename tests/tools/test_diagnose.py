@@ -1,0 +1,46 @@
+import re
+
+import torch
+from detectron2.modeling import build_model
+
+from ..common import load_script, tiny_cfg, write_coco
+
+diagnose = load_script("tools/diagnose.py")
+
+
+def write_run(folder, *opts):
+    json_file, root = write_coco(folder / "squares")
+    name = f"diagnosed_{folder.name}"
+    cfg = tiny_cfg(
+        *("DATASETS.REGISTER_COCO", [[name, json_file, root]]),
+        *("DATASETS.TEST", [name]),
+        *("OUTPUT_DIR", str(folder / "run")),
+        *opts,
+    )
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text(cfg.dump())
+    model = build_model(cfg)
+    with torch.no_grad():
+        model.roi_heads.box_head.fc1.bias[:12] = -1e4  # a quarter
+        model.roi_heads.box_head.fc1.bias[12:] = 1e4
+    torch.save({"model": model.state_dict()}, folder / "run/model_final.pth")
+    return str(folder / "run/config.yaml")
+
+
+def test_what_it_says(tmp_path, capsys):
+    assert diagnose.main(["--config-file", write_run(tmp_path), "--number", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "box_head: 25 % of 48 outputs are zero for all proposals of 2 images" in out
+    assert re.search(r"^AP [\d.]+  AP50 [\d.]+  AP75 [\d.]+  APs", out, re.M)
+
+
+def test_a_model_without_masks(tmp_path, capsys):
+    config = write_run(tmp_path, "MODEL.MASK_ON", False)
+    assert diagnose.main(["--config-file", config]) == 0
+    assert "AP" not in capsys.readouterr().out
+
+
+def test_weights_that_are_not_there(tmp_path, capsys):
+    config = write_run(tmp_path)
+    assert diagnose.main(["--config-file", config, "MODEL.WEIGHTS", "lost.pth"]) == 2
+    assert "lost.pth" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""
+What holds a trained model back: its mask AP with the boxes and classes of the truth, where only
+masks can be wrong, and how much of its box head is dead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import List, Optional
+
+from detectron2.data import get_detection_dataset_dicts
+from tqdm import tqdm
+
+from panet_d2 import ConfigError
+from panet_d2.checkpoint import CheckpointError
+from panet_d2.data import DataError, NamedImageMapper, spread_evenly
+from panet_d2.engine import load_run, setup_config
+from panet_d2.evaluation import dead_units, evaluate_true_boxes
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, help="config.yaml of a run")
+    parser.add_argument("--number", type=int, default=12, help="of images whose proposals count")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
+    args = parser.parse_args(argv)
+    try:
+        cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+        name, model, mapper = (
+            cfg.DATASETS.TEST[0],
+            load_run(cfg, args.opts),
+            NamedImageMapper(cfg, False),
+        )
+        records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
+        inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
+        for head, dead in dead_units(model, inputs).items():
+            print(
+                f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
+                f"all proposals of {len(records)} images of {name}"
+            )
+        if cfg.MODEL.MASK_ON:
+            print(f"mask AP with the boxes and classes of the truth, all of {name}:")
+            ap = evaluate_true_boxes(cfg, model, name)
+            keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+            print("  ".join(f"{key} {ap[key]:.1f}" for key in keys))
+    except (CheckpointError, ConfigError, DataError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
