@@ -28,11 +28,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-        name, model, mapper = (
-            cfg.DATASETS.TEST[0],
-            load_run(cfg, args.opts),
-            NamedImageMapper(cfg, False),
-        )
+        name = cfg.DATASETS.TEST[0]
+        model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
         records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
         inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
         for head, dead in dead_units(model, inputs).items():

@@ -28,7 +28,7 @@ _KNOWN_TYPES = (
     *("cityscapes_instance", "cityscapes_sem_seg", "pascal_voc"),
 )
 # COCO's own limit on the detections of one image that count.
-_COCO_MAX_DETECTIONS = 100
+COCO_MAX_DETECTIONS = 100
 
 
 def build_evaluator(
@@ -58,7 +58,7 @@ def build_evaluator(
             COCOEvaluator(
                 dataset_name,
                 output_dir=folder,
-                max_dets_per_image=limit if limit > _COCO_MAX_DETECTIONS else None,
+                max_dets_per_image=limit if limit > COCO_MAX_DETECTIONS else None,
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         )

@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..data import NamedImageMapper
 from ..modeling import PANetMaskHead, adaptive_poolers
+from .build import COCO_MAX_DETECTIONS
 
 __all__ = ["dead_units", "evaluate_true_boxes", "level_shares", "mask_paths"]
 
@@ -97,9 +98,7 @@ def mask_paths(
 
 
 @torch.no_grad()
-def dead_units(
-    model: GeneralizedRCNN, inputs: Iterable[List[dict]], proposals: int = 1000
-) -> Dict[str, torch.Tensor]:
+def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str, torch.Tensor]:
     """
     Which outputs of the box head are zero for every proposal. Behind a ReLU such a unit has no
     gradient, so that it is not trained either.
@@ -107,8 +106,6 @@ def dead_units(
     Args:
         model (GeneralizedRCNN): with one or several box heads of Detectron2's kind.
         inputs (iterable[list[dict]]): batches of images, as the model takes them for inference.
-        proposals (int): how many of an image count, those of the highest objectness. The heads of
-            a cascade see those that the one before has moved.
 
     Returns:
         dict[str, Tensor]: by the name of each box head, bool, of the shape of its output for one
@@ -124,16 +121,13 @@ def dead_units(
 
     def see(name: str, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         seen = (output > 0).any(dim=0)
-        alive[name] = alive[name] | seen if name in alive else seen
+        alive[name] = alive.get(name, seen) | seen
 
     hooks = [head.register_forward_hook(partial(see, name)) for name, head in heads.items()]
     model.eval()
     try:
         for batch in inputs:
-            images = model.preprocess_image(batch)
-            features = model.backbone(images.tensor)
-            found, _ = model.proposal_generator(images, features)
-            model.roi_heads(images, features, [p[:proposals] for p in found])
+            model(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -171,7 +165,10 @@ def evaluate_true_boxes(
         raise ValueError(f"{dataset_name} has no objects.")
     most = max(len(objects) for _, objects in records)
     evaluator = COCOEvaluator(
-        dataset_name, ("segm",), distributed=False, max_dets_per_image=max(100, most)
+        dataset_name,
+        ("segm",),
+        distributed=False,
+        max_dets_per_image=max(COCO_MAX_DETECTIONS, most),
     )
     evaluator.reset()
     model.eval()

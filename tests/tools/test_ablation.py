@@ -101,9 +101,8 @@ def test_committed_runs_are_those_of_the_documented_commands(
     monkeypatch.setattr(tool, "pretrained_resnet", lambda run, *_: f"/x/{run.name}_resnet.pth")
     monkeypatch.setattr(tool, "run_all", lambda made, *_: runs.extend(made) or ["failed"])
     command = ["--data", data, "--pretrain", pretrain, "--steps", steps]
-    assert (
-        " ".join(["python tools/ablation.py", *command]) in (ROOT / "docs/ablation.md").read_text()
-    )
+    document = (ROOT / "docs/ablation.md").read_text()
+    assert " ".join(["python tools/ablation.py", *command]) in document
     assert tool.main([*command, "--results", str(tmp_path), "--groups", *tool.GROUPS]) == 1
     made = {(run.rung, str(run.seed)): run.settings for run in runs}
     committed = load_results(str(ROOT / "docs/ablation" / data))
