@@ -19,6 +19,7 @@ _FOUND, _FALSE, _MISSED, _TRUTH = (0, 190, 160), (230, 60, 40), (255, 200, 0), (
 _WRONG = (220, 80, 220)
 _MIN_HEIGHT = 384  # small images are enlarged, so that outlines and labels do not cover them
 _BAR = 26
+_FONT, _SCALE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 13
 
 
 def draw_comparison(
@@ -48,8 +49,9 @@ def draw_comparison(
     right = _draw(right, match.missed, _MISSED, size, fill=0.0)
     names = {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())}
     if len(names) > 1:  # a single class needs no name on every object
-        _label(truth, annotations, names, factor)
-        _label(right, match.found + match.false_positives, names, factor)
+        _label(truth, annotations, names, factor, _TRUTH, [])
+        taken = _label(right, match.found, names, factor, _FOUND, [])
+        _label(right, match.false_positives, names, factor, _FALSE, taken)
     panels = [
         _titled(truth, [(f"truth: {len(annotations)} objects", _TRUTH)]),
         np.full((truth.shape[0] + _BAR, 6, 3), 255, np.uint8),
@@ -123,21 +125,49 @@ def _draw_wrong_pixels(canvas: np.ndarray, match: ImageMatch, size: Tuple[int, i
 
 def _text(canvas: np.ndarray, text: str, at: Tuple[int, int], color: Tuple[int, int, int]) -> int:
     """Write with a dark outline, readable on anything; returns the width."""
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     # Not a thicker text behind it: in OpenCV 5 that is also a wider one.
     for dx, dy in product((-1, 0, 1), repeat=2):
-        cv2.putText(canvas, text, (at[0] + dx, at[1] + dy), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.putText(canvas, text, at, font, scale, color, 1, cv2.LINE_AA)
-    return cv2.getTextSize(text, font, scale, 1)[0][0]
+        shifted = (at[0] + dx, at[1] + dy)
+        cv2.putText(canvas, text, shifted, _FONT, _SCALE, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, at, _FONT, _SCALE, color, 1, cv2.LINE_AA)
+    return _text_width(text)
 
 
-def _label(canvas: np.ndarray, entries: List[dict], names: Dict[int, str], factor: int) -> None:
+def _text_width(text: str) -> int:
+    return cv2.getTextSize(text, _FONT, _SCALE, 1)[0][0]
+
+
+def _label(
+    canvas: np.ndarray,
+    entries: List[dict],
+    names: Dict[int, str],
+    factor: int,
+    color: Tuple[int, int, int],
+    taken: List[Tuple[int, int, int]],
+) -> List[Tuple[int, int, int]]:
+    """
+    Write the categories and scores above the corners of boxes, or as far below that as the labels
+    at ``taken`` (left, right and baseline of each) ask for, in a light tone of the color. Returns
+    these with the new ones.
+    """
+    height, width = canvas.shape[:2]
+    taken = list(taken)
     for entry in entries:
         text = names[entry["category_id"]]
         if "score" in entry:
             text += f" {100 * entry['score']:.0f}%"
         x, y = (int(factor * v) for v in entry["bbox"][:2])
-        _text(canvas, text, (max(x, 0), max(y - 3, 12)), (255, 255, 255))
+        left = max(min(x, width - _text_width(text)), 0)
+        right = left + _text_width(text)
+        first = min(max(y - 3, _LINE), height)
+        beside = [line for x0, x1, line in taken if x0 < right and left < x1]
+        # Downwards first: there, and not above, is what the label belongs to.
+        lines = [*range(first, height + 1), *range(first - 1, _LINE - 1, -1)]
+        free = (y for y in lines if all(abs(y - line) >= _LINE for line in beside))
+        line = next(free, first)
+        _text(canvas, text, (left, line), tuple((c + 2 * 255) // 3 for c in color))
+        taken.append((left, right, line))
+    return taken
 
 
 def _titled(canvas: np.ndarray, parts: List[Tuple[str, Tuple[int, int, int]]]) -> np.ndarray:
