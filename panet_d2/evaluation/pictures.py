@@ -49,9 +49,8 @@ def draw_comparison(
     right = _draw(right, match.missed, _MISSED, size, fill=0.0)
     names = {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())}
     if len(names) > 1:  # a single class needs no name on every object
-        _label(truth, annotations, names, factor, _TRUTH, [])
-        taken = _label(right, match.found, names, factor, _FOUND, [])
-        _label(right, match.false_positives, names, factor, _FALSE, taken)
+        _label(truth, {_TRUTH: annotations}, names, factor)
+        _label(right, {_FOUND: match.found, _FALSE: match.false_positives}, names, factor)
     panels = [
         _titled(truth, [(f"truth: {len(annotations)} objects", _TRUTH)]),
         np.full((truth.shape[0] + _BAR, 6, 3), 255, np.uint8),
@@ -139,26 +138,24 @@ def _text_width(text: str) -> int:
 
 def _label(
     canvas: np.ndarray,
-    entries: List[dict],
+    entries: Dict[Tuple[int, int, int], List[dict]],
     names: Dict[int, str],
     factor: int,
-    color: Tuple[int, int, int],
-    taken: List[Tuple[int, int, int]],
-) -> List[Tuple[int, int, int]]:
+) -> None:
     """
-    Write the categories and scores above the corners of boxes, or as far below that as the labels
-    at ``taken`` (left, right and baseline of each) ask for, in a light tone of the color. Returns
-    these with the new ones.
+    Write category and score above the corner of each box, in a light tone of the color that its
+    entry stands under; where another label is already, the next free line below.
     """
     height, width = canvas.shape[:2]
-    taken = list(taken)
-    for entry in entries:
+    taken: List[Tuple[int, int, int]] = []  # left, right and baseline of the labels so far
+    for color, entry in ((color, entry) for color, group in entries.items() for entry in group):
         text = names[entry["category_id"]]
         if "score" in entry:
             text += f" {100 * entry['score']:.0f}%"
         x, y = (int(factor * v) for v in entry["bbox"][:2])
-        left = max(min(x, width - _text_width(text)), 0)
-        right = left + _text_width(text)
+        text_width = _text_width(text)
+        left = max(min(x, width - text_width), 0)
+        right = left + text_width
         first = min(max(y - 3, _LINE), height)
         beside = [line for x0, x1, line in taken if x0 < right and left < x1]
         # Downwards first: there, and not above, is what the label belongs to.
@@ -167,7 +164,6 @@ def _label(
         line = next(free, first)
         _text(canvas, text, (left, line), tuple((c + 2 * 255) // 3 for c in color))
         taken.append((left, right, line))
-    return taken
 
 
 def _titled(canvas: np.ndarray, parts: List[Tuple[str, Tuple[int, int, int]]]) -> np.ndarray:

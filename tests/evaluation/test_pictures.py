@@ -43,8 +43,8 @@ def test_labels_do_not_cover_each_other(written):
         for x, y in ((0, 0), (4, 3), (190, 0), (190, 190), (188, 195))
     ]
     canvas = np.zeros((200, 200, 3), np.uint8)
-    taken = pictures._label(canvas, at_one_place, names, 1, pictures._FOUND, [])
-    pictures._label(canvas, at_the_corners, names, 1, pictures._FALSE, taken)
+    entries = {pictures._FOUND: at_one_place, pictures._FALSE: at_the_corners}
+    pictures._label(canvas, entries, names, 1)
     boxes = [box for _, _, box in written]
     assert len(boxes) == 8
     assert not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -56,7 +56,7 @@ def test_labels_do_not_cover_each_other(written):
 def test_more_labels_than_there_is_place_for_are_all_written(written):
     canvas = np.zeros((40, 60, 3), np.uint8)
     entries = [{"category_id": 1, "bbox": [0, 0, 9, 9]}] * 9
-    pictures._label(canvas, entries, {1: "cross"}, 1, (255, 255, 255), [])
+    pictures._label(canvas, {pictures._TRUTH: entries}, {1: "cross"}, 1)
     assert len(written) == 9
 
 
