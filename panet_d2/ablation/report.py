@@ -132,7 +132,12 @@ def _difference(results: Results, name: str, below: str) -> str:
     if not ours.keys() & theirs.keys():
         return ""
     d = paired_difference(ours, theirs)
-    return f"{d.mean:+.1f}" + (f" [{d.low:+.1f}, {d.high:+.1f}]" if d.pairs > 1 else "")
+    return _signed(d.mean) + (f" [{_signed(d.low)}, {_signed(d.high)}]" if d.pairs > 1 else "")
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text
 
 
 def plot_curves(results: Results, path: str) -> None:

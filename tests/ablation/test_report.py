@@ -52,6 +52,15 @@ def test_table(results):
     assert alone[1:4] == ["1", "29.0", "-1.0"]  # from the one seed that both have
 
 
+def test_no_difference_has_no_sign_of_its_own(tmp_path):
+    """Neither -0.0 nor +0.0 for what rounds to nothing."""
+    for seed, difference in enumerate((-0.04, -0.02)):
+        write_run(tmp_path, "baseline", seed, 30.0)
+        write_run(tmp_path, "+mst", seed, 30.0 + difference)
+    # Mean -0.03, and 12.71 * 0.01 = 0.13 to either side.
+    assert "| 0.0 [-0.2, +0.1] " in table(load_results(str(tmp_path)), {})
+
+
 def test_plots(results, tmp_path):
     plot_curves(results, str(tmp_path / "curves.png"))
     plot_differences(results, str(tmp_path / "differences.png"))
