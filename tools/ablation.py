@@ -202,7 +202,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         help="train nothing: time the models side by side, on a machine that does nothing else",
     )
     parser.add_argument("--quick", action="store_true", help="two rungs, once, in minutes")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="for every run")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="for every run, that of --pretrain too"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"

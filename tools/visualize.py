@@ -28,6 +28,7 @@ from panet_d2.engine import load_run, setup_config
 from panet_d2.evaluation import (
     annotation_mask,
     average_precision,
+    detection_limit,
     draw_comparison,
     draw_mask_paths,
     level_shares,
@@ -76,7 +77,7 @@ def predictions(args: argparse.Namespace) -> int:
             raise DataError(f"cannot write {path}")
 
     print(f"{len(chosen)} pictures of {name}, worst first: {args.output}")
-    limit = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
+    limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     has_masks = bool(results) and "segmentation" in results[0]
     for kind, iou_type in (("box", "bbox"), ("mask", "segm"))[: 1 + has_masks]:
         ap = average_precision(coco, results, iou_type, limit)
@@ -164,7 +165,7 @@ def curves(args: argparse.Namespace) -> int:
                 results = json.load(f)
             if results:
                 kind = "segm" if "segmentation" in results[0] else "bbox"
-                limit = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
+                limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
                 precisions[name] = precision_recall(coco, results, kind, limit)
     os.makedirs(args.output, exist_ok=True)
     plot_training(runs, os.path.join(args.output, "training.png"))

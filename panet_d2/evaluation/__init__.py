@@ -1,4 +1,4 @@
-from .build import build_evaluator, check_evaluators
+from .build import build_evaluator, check_evaluators, detection_limit
 from .history import evaluations, losses, read_history
 from .inspection import dead_units, evaluate_true_boxes, level_shares, mask_paths
 from .matching import ImageMatch, average_precision, match_predictions, precision_recall
@@ -17,6 +17,7 @@ __all__ = [
     "build_evaluator",
     "check_evaluators",
     "dead_units",
+    "detection_limit",
     "draw_comparison",
     "draw_mask_paths",
     "evaluate_true_boxes",

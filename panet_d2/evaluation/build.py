@@ -21,14 +21,25 @@ from detectron2.evaluation import (
 
 from ..config import ConfigError
 
-__all__ = ["build_evaluator", "check_evaluators"]
+__all__ = ["build_evaluator", "check_evaluators", "detection_limit"]
 
 _KNOWN_TYPES = (
     *("coco", "coco_panoptic_seg", "sem_seg", "lvis"),
     *("cityscapes_instance", "cityscapes_sem_seg", "pascal_voc"),
 )
 # COCO's own limit on the detections of one image that count.
-COCO_MAX_DETECTIONS = 100
+_COCO_MAX_DETECTIONS = 100
+
+
+def detection_limit(wanted: int) -> int:
+    """
+    Args:
+        wanted (int): how many detections an image can have: ``TEST.DETECTIONS_PER_IMAGE``.
+
+    Returns:
+        int: how many of them count in COCO's average precision: COCO's 100, or more if wanted.
+    """
+    return max(_COCO_MAX_DETECTIONS, wanted)
 
 
 def build_evaluator(
@@ -53,12 +64,11 @@ def build_evaluator(
     if kind in ("sem_seg", "coco_panoptic_seg"):
         evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
-        limit = cfg.TEST.DETECTIONS_PER_IMAGE
         evaluators.append(
             COCOEvaluator(
                 dataset_name,
                 output_dir=folder,
-                max_dets_per_image=limit if limit > COCO_MAX_DETECTIONS else None,
+                max_dets_per_image=detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE),
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         )

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..data import NamedImageMapper
 from ..modeling import PANetMaskHead, adaptive_poolers
-from .build import COCO_MAX_DETECTIONS
+from .build import detection_limit
 
 __all__ = ["dead_units", "evaluate_true_boxes", "level_shares", "mask_paths"]
 
@@ -168,7 +168,7 @@ def evaluate_true_boxes(
         dataset_name,
         ("segm",),
         distributed=False,
-        max_dets_per_image=max(COCO_MAX_DETECTIONS, most),
+        max_dets_per_image=detection_limit(most),
     )
     evaluator.reset()
     model.eval()
