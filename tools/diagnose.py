@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """
-What holds a trained model back: its mask AP with the boxes and classes of the truth, where only
-masks can be wrong, and how much of its box head is dead.
+What holds a trained model back: how many objects its proposals, boxes, masks and classes lose, its
+mask AP with the boxes and classes of the truth, where only masks can be wrong, and how much of its
+box head is dead.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import sys
 from typing import List, Optional
 
 from detectron2.data import get_detection_dataset_dicts
+from tabulate import tabulate
 from tqdm import tqdm
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
 from panet_d2.data import DataError, NamedImageMapper, spread_evenly
 from panet_d2.engine import load_run, setup_config
-from panet_d2.evaluation import dead_units, evaluate_true_boxes
+from panet_d2.evaluation import dead_units, detection_stages, evaluate_true_boxes
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -37,6 +39,14 @@ def main(argv: Optional[List[str]] = None) -> int:
                 f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
                 f"all proposals of {len(records)} images of {name}"
             )
+        print(f"objects of {name} that are overlapped by half, in percent: by a proposal, then by")
+        print("what is detected, with its box, its mask, and with the right class as well")
+        stages = detection_stages(cfg, model, name)
+        rows = [
+            [stage, *(f"{v:.1f}" if v == v else "-" for v in shares.values())]
+            for stage, shares in stages.items()
+        ]
+        print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
         if cfg.MODEL.MASK_ON:
             print(f"mask AP with the boxes and classes of the truth, all of {name}:")
             ap = evaluate_true_boxes(cfg, model, name)

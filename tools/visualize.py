@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import sys
@@ -14,10 +12,9 @@ from typing import List, Optional
 import cv2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -31,6 +28,7 @@ from panet_d2.evaluation import (
     detection_limit,
     draw_comparison,
     draw_mask_paths,
+    ground_truth,
     level_shares,
     mask_paths,
     match_predictions,
@@ -40,13 +38,6 @@ from panet_d2.evaluation import (
     precision_recall,
     read_history,
 )
-
-
-def ground_truth(name: str) -> COCO:
-    """The annotations of a registered data set."""
-    DatasetCatalog.get(name)  # a data set that is generated is made here
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(MetadataCatalog.get(name).json_file)
 
 
 def predictions(args: argparse.Namespace) -> int:

@@ -1,7 +1,20 @@
 from .build import build_evaluator, check_evaluators, detection_limit
 from .history import evaluations, losses, read_history
-from .inspection import dead_units, evaluate_true_boxes, level_shares, mask_paths
-from .matching import ImageMatch, average_precision, match_predictions, precision_recall
+from .inspection import (
+    dead_units,
+    detection_stages,
+    evaluate_true_boxes,
+    level_shares,
+    mask_paths,
+)
+from .matching import (
+    ImageMatch,
+    average_precision,
+    ground_truth,
+    match_predictions,
+    object_recall,
+    precision_recall,
+)
 from .pictures import annotation_mask, draw_comparison
 from .plots import (
     draw_mask_paths,
@@ -18,14 +31,17 @@ __all__ = [
     "check_evaluators",
     "dead_units",
     "detection_limit",
+    "detection_stages",
     "draw_comparison",
     "draw_mask_paths",
     "evaluate_true_boxes",
     "evaluations",
+    "ground_truth",
     "level_shares",
     "losses",
     "mask_paths",
     "match_predictions",
+    "object_recall",
     "plot_level_shares",
     "plot_precision_recall",
     "plot_training",

@@ -9,17 +9,31 @@ from typing import Dict, Iterable, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.structures import Boxes, BoxMode, Instances
+from torch import nn
 
 from ..data import NamedImageMapper
 from ..modeling import PANetMaskHead, adaptive_poolers
 from .build import detection_limit
+from .matching import ground_truth, object_recall
 
-__all__ = ["dead_units", "evaluate_true_boxes", "level_shares", "mask_paths"]
+__all__ = [
+    "dead_units",
+    "detection_stages",
+    "evaluate_true_boxes",
+    "level_shares",
+    "mask_paths",
+]
+
+
+def _roi_heads(model: nn.Module) -> nn.Module:
+    """The model's ROI heads; a module with nothing in it where there are none, as in RetinaNet."""
+    return getattr(model, "roi_heads", None) or nn.Module()
 
 
 @torch.no_grad()
@@ -41,8 +55,10 @@ def level_shares(
         the last column how many proposals these were. Features that are 0 on all levels come from
         none and do not count.
     """
-    poolers = {n: p for n, p in adaptive_poolers(model.roi_heads).items() if p.fusion == "max"}
+    poolers = {n: p for n, p in adaptive_poolers(_roi_heads(model)).items() if p.fusion == "max"}
     counts = {n: torch.zeros(len(p.scales), len(p.scales) + 1) for n, p in poolers.items()}
+    if not poolers:
+        return {}
     model.eval()
     for batch in inputs:
         images = model.preprocess_image(batch)
@@ -83,7 +99,7 @@ def mask_paths(
     Raises:
         ValueError: if the model has no fully-connected path.
     """
-    head = getattr(model.roi_heads, "mask_head", None)
+    head = getattr(_roi_heads(model), "mask_head", None)
     if not (isinstance(head, PANetMaskHead) and head.fc_fusion_on):
         raise ValueError("the model's mask head has no fully-connected path.")
     model.eval()
@@ -114,12 +130,13 @@ def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str
     Raises:
         ValueError: if the model has no box head that ends with a ReLU.
     """
-    heads = {n: m for n, m in model.roi_heads.named_modules() if isinstance(m, FastRCNNConvFCHead)}
+    modules = _roi_heads(model).named_modules()
+    heads = {n: m for n, m in modules if isinstance(m, FastRCNNConvFCHead)}
     if not heads:
         raise ValueError("the model has no box head of Detectron2's kind, which ends with a ReLU.")
     alive: Dict[str, torch.Tensor] = {}
 
-    def see(name: str, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def see(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         seen = (output > 0).any(dim=0)
         alive[name] = alive.get(name, seen) | seen
 
@@ -153,7 +170,7 @@ def evaluate_true_boxes(
     Raises:
         ValueError: if the model predicts no masks, or the data set has no objects.
     """
-    if not getattr(model.roi_heads, "mask_on", False):
+    if not getattr(_roi_heads(model), "mask_on", False):
         raise ValueError("the model predicts no masks.")
     mapper = NamedImageMapper(cfg, False)
     records = []
@@ -187,3 +204,67 @@ def evaluate_true_boxes(
         evaluator.process([image], model.inference([image], [given]))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
         return dict(evaluator.evaluate()["segm"])
+
+
+@torch.no_grad()
+def detection_stages(
+    cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str, iou_threshold: float = 0.5
+) -> Dict[str, Dict[str, float]]:
+    """
+    How far objects come through the model. A row that is far below the one above it is of the
+    part that loses them; what is lost in AP although the last row is high is lost by false
+    positives and by scores.
+
+    Args:
+        cfg (CfgNode): how images are resized.
+        model (GeneralizedRCNN): has a proposal generator.
+        dataset_name (str): a registered data set in COCO format.
+        iou_threshold (float): overlap from which an object counts as found.
+
+    Returns:
+        dict[str, dict[str, float]]: see :func:`object_recall`; of what the "proposals" overlap, of
+        what detected "boxes" of any class do, if the model predicts masks of what these
+        "masks" do, and with "classes" of what the last of these do with the right class.
+
+    Raises:
+        ValueError: if the model makes no proposals.
+    """
+    if getattr(model, "proposal_generator", None) is None:
+        raise ValueError("the model makes no proposals of its own.")
+    mapper = NamedImageMapper(cfg, False)
+    coco = ground_truth(dataset_name)
+    contiguous = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
+    category_ids = {ours: theirs for theirs, ours in contiguous.items()}
+    proposed: List[dict] = []
+    detected: List[dict] = []
+    seen: List[Instances] = []
+    hook = model.proposal_generator.register_forward_hook(
+        lambda module, args, output: seen.extend(output[0])
+    )
+    model.eval()
+    try:
+        for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
+            instances = model([mapper(record)])[0]["instances"].to("cpu")
+            detected += instances_to_coco_json(instances, record["image_id"])
+            proposals = seen.pop().to("cpu")
+            height, width = proposals.image_size
+            proposals.pred_boxes = proposals.proposal_boxes
+            proposals.pred_boxes.scale(record["width"] / width, record["height"] / height)
+            proposals.scores = proposals.objectness_logits
+            proposals.pred_classes = torch.zeros(len(proposals), dtype=torch.int64)
+            proposed += instances_to_coco_json(proposals, record["image_id"])
+    finally:
+        hook.remove()
+    for result in (*proposed, *detected):
+        result["category_id"] = category_ids[result["category_id"]]
+    recall = partial(object_recall, coco, iou_threshold=iou_threshold)
+    stages = {
+        "proposals": recall(proposed, "bbox", use_categories=False),
+        "boxes": recall(detected, "bbox", use_categories=False),
+    }
+    last = "bbox"
+    if getattr(_roi_heads(model), "mask_on", False):
+        last = "segm"
+        stages["masks"] = recall(detected, last, use_categories=False)
+    stages["classes"] = recall(detected, last)
+    return stages

@@ -8,10 +8,20 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ["ImageMatch", "average_precision", "match_predictions", "precision_recall"]
+from ..data import DataError
+
+__all__ = [
+    "ImageMatch",
+    "average_precision",
+    "ground_truth",
+    "match_predictions",
+    "object_recall",
+    "precision_recall",
+]
 
 
 @dataclass
@@ -31,6 +41,25 @@ class ImageMatch:
         """Share of what is wrong among all that is there: 0 for a perfect image, at most 1."""
         wrong = len(self.false_positives) + len(self.missed)
         return wrong / max(wrong + len(self.found), 1)
+
+
+def ground_truth(name: str) -> COCO:
+    """
+    Args:
+        name (str): a registered data set in COCO format.
+
+    Returns:
+        COCO: its annotations.
+
+    Raises:
+        DataError: if it is in another format.
+    """
+    DatasetCatalog.get(name)  # a data set that is generated is made here
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if json_file is None:
+        raise DataError(f"the data set {name} has no annotation file in COCO's format.")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(json_file)
 
 
 def _evaluate(coco: COCO, results: List[dict], iou_type: str, max_detections: int) -> COCOeval:
@@ -85,6 +114,42 @@ def match_predictions(
             if not matched and not ignored:
                 match.missed.append(coco.anns[annotation])
     return matches
+
+
+def object_recall(
+    coco: COCO,
+    results: List[dict],
+    iou_type: str = "segm",
+    iou_threshold: float = 0.5,
+    use_categories: bool = True,
+) -> Dict[str, float]:
+    """
+    How many of the objects are found, whatever the scores and however many predictions find none.
+
+    Args:
+        coco, results, iou_type: see :func:`average_precision`.
+        iou_threshold (float): overlap from which a prediction has found an object. Each finds one
+            at most.
+        use_categories (bool): whether it must have the object's category.
+
+    Returns:
+        dict[str, float]: in percent, of "all" objects and of those that are "small", "medium" and
+        "large" in COCO's sense; NaN where there are none. Crowd regions do not count.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(coco, coco.loadRes(results) if results else COCO(), iou_type)
+        evaluator.params.maxDets = [max(len(results), 1)]
+        evaluator.params.iouThrs = np.array([iou_threshold])
+        evaluator.params.useCats = int(use_categories)
+        evaluator.evaluate()
+    sizes = dict(zip(map(tuple, evaluator.params.areaRng), evaluator.params.areaRngLbl))
+    objects, found = dict.fromkeys(sizes.values(), 0), dict.fromkeys(sizes.values(), 0)
+    for entry in filter(None, evaluator.evalImgs):
+        size = sizes[tuple(entry["aRng"])]
+        counted = np.logical_not(entry["gtIgnore"])
+        objects[size] += int(counted.sum())
+        found[size] += int((entry["gtMatches"][0, counted] > 0).sum())
+    return {s: 100 * found[s] / objects[s] if objects[s] else float("nan") for s in objects}
 
 
 def average_precision(

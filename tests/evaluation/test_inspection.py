@@ -1,9 +1,17 @@
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 from panet_d2.data import register_coco_file
-from panet_d2.evaluation import dead_units, evaluate_true_boxes, level_shares, mask_paths
+from panet_d2.evaluation import (
+    dead_units,
+    detection_stages,
+    evaluate_true_boxes,
+    level_shares,
+    mask_paths,
+)
 
 from ..common import batch, tiny_cfg, write_coco
 
@@ -48,8 +56,6 @@ def test_paths_add_up_to_the_models_masks(agnostic):
     assert fcn.shape == fc.shape == (2, 28, 28)
     with torch.no_grad():
         features = model.backbone(model.preprocess_image([image]).tensor)
-        from detectron2.structures import Boxes, Instances
-
         given = Instances(image["image"].shape[1:], pred_boxes=Boxes(boxes), pred_classes=classes)
         (predicted,) = model.roi_heads.forward_with_given_boxes(features, [given])
     torch.testing.assert_close((fcn + fc).sigmoid(), predicted.pred_masks[:, 0])
@@ -113,3 +119,103 @@ def test_masks_in_true_boxes_need_masks(squares):
     cfg = tiny_cfg("MODEL.MASK_ON", False)
     with pytest.raises(ValueError, match="no masks"):
         evaluate_true_boxes(cfg, build_model(cfg), squares)
+
+
+class Proposer(torch.nn.Module):
+    """Proposes the boxes of the data set's objects, moved to the right."""
+
+    def __init__(self, name, shift):
+        super().__init__()
+        self.records, self.shift = iter(DatasetCatalog.get(name)), shift
+
+    def forward(self, images, features, gt_instances=None):
+        record, (size,) = next(self.records), images.image_sizes
+        corners = [[x + self.shift, y, x + self.shift + w, y + h] for x, y, w, h in boxes(record)]
+        found = Boxes(torch.tensor(corners))
+        found.scale(size[1] / record["width"], size[0] / record["height"])
+        proposals = Instances(size, proposal_boxes=found, objectness_logits=torch.ones(len(found)))
+        return [proposals], {}
+
+
+def boxes(record):
+    return [[float(v) for v in a["bbox"]] for a in record["annotations"]]
+
+
+@pytest.fixture
+def model_that_says_class_1(squares):
+    """Detects its proposals as they are, with masks that fill them."""
+    cfg = tiny_cfg(
+        *("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False),
+        *("INPUT.MIN_SIZE_TEST", 128),  # twice the images' size
+    )
+    model = build_model(cfg).eval()
+    predictor, masks = model.roi_heads.box_predictor, model.roi_heads.mask_head.predictor
+    with torch.no_grad():
+        for layer in (predictor.cls_score, predictor.bbox_pred, masks):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        predictor.cls_score.bias[1] = 9.0
+        masks.bias.fill_(50.0)
+    return cfg, model
+
+
+def test_stages_of_detection(squares, model_that_says_class_1):
+    cfg, model = model_that_says_class_1
+    model.proposal_generator = Proposer(squares, 0.0)
+    stages = detection_stages(cfg, model, squares)
+    assert list(stages) == ["proposals", "boxes", "masks", "classes"]
+    classes = [a["category_id"] for r in DatasetCatalog.get(squares) for a in r["annotations"]]
+    share = 100 * classes.count(1) / len(classes)
+    assert 0 < share < 100
+    for stage, expected in zip(stages.values(), (100, 100, 100, share)):
+        assert stage["all"] == stage["small"] == pytest.approx(expected)
+        assert stage["medium"] != stage["medium"]  # there are none
+    assert not model.proposal_generator._forward_hooks
+
+
+@pytest.mark.parametrize("shift, found", [(6.0, 100), (12.0, 0)])  # overlaps of 0.6 and 1 / 3
+def test_objects_that_proposals_lose(shift, found, squares, model_that_says_class_1):
+    cfg, model = model_that_says_class_1
+    model.proposal_generator = Proposer(squares, shift)
+    stages = detection_stages(cfg, model, squares)
+    assert stages["proposals"]["all"] == stages["boxes"]["all"] == pytest.approx(found)
+
+
+def test_objects_that_masks_lose(squares, model_that_says_class_1):
+    cfg, model = model_that_says_class_1
+    model.proposal_generator = Proposer(squares, 0.0)
+    with torch.no_grad():
+        model.roi_heads.mask_head.predictor.bias.fill_(-50.0)
+    stages = detection_stages(cfg, model, squares)
+    assert stages["boxes"]["all"] == pytest.approx(100) and stages["masks"]["all"] == 0
+
+
+def test_stages_of_a_detector_of_boxes(squares):
+    cfg = tiny_cfg("MODEL.MASK_ON", False)
+    stages = detection_stages(cfg, build_model(cfg), squares)
+    assert list(stages) == ["proposals", "boxes", "classes"]
+
+
+def test_stages_need_proposals(squares):
+    cfg = tiny_cfg("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    with pytest.raises(ValueError, match="no proposals"):
+        detection_stages(cfg, build_model(cfg), squares)
+
+
+def test_a_model_without_roi_heads(squares):
+    cfg = tiny_cfg(
+        *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 3),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_pafpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+    )
+    model = build_model(cfg)
+    assert level_shares(model, INPUTS) == {}
+    for look, message in (
+        (lambda: mask_paths(model, INPUTS[0][0], torch.zeros(0, 4), torch.zeros(0).long()), "path"),
+        (lambda: dead_units(model, INPUTS), "no box head"),
+        (lambda: detection_stages(cfg, model, squares), "no proposals"),
+        (lambda: evaluate_true_boxes(cfg, model, squares), "no masks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            look()

@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
+from panet_d2.data import DataError, register_coco_file
 from panet_d2.evaluation import (
     average_precision,
     draw_comparison,
+    ground_truth,
     match_predictions,
+    object_recall,
     precision_recall,
 )
 
@@ -27,6 +31,14 @@ def coco(tmp_path):
 def prediction(annotation, score=0.9, **changes):
     keys = ("image_id", "category_id", "bbox", "segmentation")
     return {**{k: annotation[k] for k in keys}, "score": score, **changes}
+
+
+def test_ground_truth(tmp_path):
+    register_coco_file("true", *write_coco(tmp_path, num_images=3))
+    assert len(ground_truth("true").anns) == 6
+    DatasetCatalog.register("true_otherwise", list)
+    with pytest.raises(DataError, match="true_otherwise has no annotation file in COCO's format"):
+        ground_truth("true_otherwise")
 
 
 def test_perfect(coco):
@@ -97,6 +109,42 @@ def test_crowds_are_neither_right_nor_wrong(coco):
     matches = match_predictions(coco, [prediction(coco.anns[1])])
     assert not matches[1].found and not matches[1].false_positives
     assert len(matches[1].missed) == 1
+
+
+def test_recall_by_size(coco):
+    """Six objects of 24 x 24 pixels, small ones, of which one is called large and one a crowd."""
+    coco.anns[2]["area"] = 100**2
+    coco.anns[6]["iscrowd"] = 1
+    kept = [coco.anns[i] for i in (1, 2, 3, 6)]
+    recall = object_recall(coco, [prediction(a, score=0.01) for a in kept])
+    expected = {"all": 60, "small": 50, "medium": np.nan, "large": 100}  # 3 of 5, 2 of 4, 1 of 1
+    assert recall == pytest.approx(expected, nan_ok=True)
+
+
+def test_each_prediction_finds_one_object(coco):
+    coco.anns[2].update(bbox=coco.anns[1]["bbox"], category_id=coco.anns[1]["category_id"])
+    once, twice = ([prediction(coco.anns[1])] * n for n in (1, 2))
+    assert object_recall(coco, once, "bbox")["all"] == pytest.approx(100 / 6)
+    assert object_recall(coco, twice, "bbox")["all"] == pytest.approx(200 / 6)
+
+
+def test_recall_of_any_class(coco):
+    results = [prediction(a, category_id=1) for a in coco.anns.values()]
+    assert object_recall(coco, results)["all"] == pytest.approx(100 * 2 / 6)
+    assert object_recall(coco, results, use_categories=False)["all"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("iou_threshold, found", [(0.5, 1), (0.6, 0)])
+def test_recall_by_overlap(coco, iou_threshold, found):
+    x, y, w, h = coco.anns[1]["bbox"]
+    results = [prediction(coco.anns[1], bbox=[x, y, 13 * w / 24, h])]  # 0.54
+    recall = object_recall(coco, results, "bbox", iou_threshold)
+    assert recall["all"] == pytest.approx(100 * found / 6)
+
+
+def test_recall_without_predictions(coco):
+    recall = object_recall(coco, [])
+    assert recall["all"] == recall["small"] == 0 and np.isnan(recall["large"])
 
 
 def test_agrees_with_the_evaluator(coco, tmp_path):

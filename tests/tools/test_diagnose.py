@@ -5,6 +5,8 @@ from detectron2.modeling import build_model
 
 from ..common import load_script, tiny_cfg, write_coco
 
+STAGES = ["proposals", "boxes", "masks", "classes"]
+
 diagnose = load_script("tools/diagnose.py")
 
 
@@ -20,11 +22,16 @@ def write_run(folder, *opts):
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text(cfg.dump())
     model = build_model(cfg)
-    with torch.no_grad():
-        model.roi_heads.box_head.fc1.bias[:12] = -1e4  # a quarter
-        model.roi_heads.box_head.fc1.bias[12:] = 1e4
+    if hasattr(model, "roi_heads"):
+        kill_a_quarter(model.roi_heads.box_head)
     torch.save({"model": model.state_dict()}, folder / "run/model_final.pth")
     return str(folder / "run/config.yaml")
+
+
+def kill_a_quarter(box_head):
+    with torch.no_grad():
+        box_head.fc1.bias[:12] = -1e4
+        box_head.fc1.bias[12:] = 1e4
 
 
 def test_what_it_says(tmp_path, capsys):
@@ -32,12 +39,28 @@ def test_what_it_says(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "box_head: 25 % of 48 outputs are zero for all proposals of 2 images" in out
     assert re.search(r"^AP [\d.]+  AP50 [\d.]+  AP75 [\d.]+  APs", out, re.M)
+    table = [line.split() for line in out.splitlines()]
+    assert ["all", "small", "medium", "large"] in table
+    assert [row[0] for row in table if row[-2:] == ["-", "-"]] == STAGES  # no such objects
 
 
 def test_a_model_without_masks(tmp_path, capsys):
     config = write_run(tmp_path, "MODEL.MASK_ON", False)
     assert diagnose.main(["--config-file", config]) == 0
-    assert "AP" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "AP" not in out and "\nboxes " in out and "\nmasks " not in out
+
+
+def test_a_model_without_roi_heads(tmp_path, capsys):
+    config = write_run(
+        tmp_path,
+        *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 3),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_pafpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+    )
+    assert diagnose.main(["--config-file", config]) == 2
+    assert "no box head" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_there(tmp_path, capsys):
