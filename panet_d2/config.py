@@ -6,10 +6,12 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode as CN
 
+from .errors import UserError
+
 __all__ = ["ConfigError", "add_panet_config", "checked"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config value that cannot work. The message names the key and what it accepts."""
 
 

@@ -1,10 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 from detectron2.config import get_cfg
 
 from panet_d2 import ConfigError, add_panet_config
 from panet_d2.config import checked
 
-from .common import leaves
+from .common import ROOT, leaves
 
 
 def test_only_adds():
@@ -36,3 +39,19 @@ def test_checked():
     assert checked(cfg, "MODEL.FPN.FUSE_TYPE", ["sum", "avg"]) == "sum"
     with pytest.raises(ConfigError, match=r"MODEL.FPN.FUSE_TYPE is 'sum'.*one of 'avg', 'max'"):
         checked(cfg, "MODEL.FPN.FUSE_TYPE", ["avg", "max"])
+
+
+def test_importing_the_package_registers_everything():
+    """In a process of its own: the tests import the rest anyway."""
+    script = (
+        "import panet_d2\n"
+        "from detectron2.data import DatasetCatalog\n"
+        "from detectron2.modeling import BACKBONE_REGISTRY, ROI_BOX_HEAD_REGISTRY\n"
+        "from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY\n"
+        "assert 'shapes_train' in DatasetCatalog and 'shapes_val' in DatasetCatalog\n"
+        "BACKBONE_REGISTRY.get('build_resnet_pafpn_backbone')\n"
+        "ROI_HEADS_REGISTRY.get('PANetROIHeads')\n"
+        "ROI_BOX_HEAD_REGISTRY.get('FastRCNNConvFCNormHead')\n"
+        "ROI_MASK_HEAD_REGISTRY.get('PANetMaskHead')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError, NamedImageMapper, spread_evenly
+from panet_d2.data import DataError, NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.evaluation import dead_units, detection_stages, evaluate_true_boxes
 
@@ -30,7 +30,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-        name = cfg.DATASETS.TEST[0]
+        name = first_test_set(cfg)
         model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
         records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
         inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))

@@ -7,9 +7,11 @@ import argparse
 import json
 import os
 import sys
-from typing import List, Optional
+from math import ceil
+from typing import List, Optional, Tuple
 
 import cv2
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError, NamedImageMapper, spread_evenly
+from panet_d2.data import DataError, NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.evaluation import (
     annotation_mask,
@@ -29,6 +31,7 @@ from panet_d2.evaluation import (
     draw_comparison,
     draw_mask_paths,
     ground_truth,
+    inference_folder,
     level_shares,
     mask_paths,
     match_predictions,
@@ -39,14 +42,14 @@ from panet_d2.evaluation import (
     read_history,
 )
 
+RESULTS = "coco_instances_results.json"  # as Detectron2's evaluator calls it
+
 
 def predictions(args: argparse.Namespace) -> int:
     """Draw the predictions of an evaluation beside the ground truth, the worst images first."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-    name = cfg.DATASETS.TEST[0]
-    results_file = args.results or os.path.join(
-        cfg.OUTPUT_DIR, "inference", "coco_instances_results.json"
-    )
+    name = first_test_set(cfg)
+    results_file = args.results or os.path.join(inference_folder(cfg, name), RESULTS)
     if not os.path.isfile(results_file):
         raise DataError(f"there are no results {results_file}; train_net.py --eval-only makes them")
     coco, metadata = ground_truth(name), MetadataCatalog.get(name)
@@ -78,7 +81,8 @@ def predictions(args: argparse.Namespace) -> int:
 
 def test_images(cfg: CfgNode, count: int) -> List[dict]:
     """Some of the images of the first test set, evenly spread, in Detectron2's format."""
-    return spread_evenly(get_detection_dataset_dicts(cfg.DATASETS.TEST[:1]), count)
+    records = get_detection_dataset_dicts([first_test_set(cfg)], filter_empty=False)
+    return spread_evenly(records, count)
 
 
 def levels(args: argparse.Namespace) -> int:
@@ -115,6 +119,8 @@ def masks(args: argparse.Namespace) -> int:
         if not annotation.get("iscrowd", 0)
     ]
     objects.sort(key=lambda o: o[1]["bbox"][2] * o[1]["bbox"][3])
+    if not objects:
+        raise DataError(f"{first_test_set(cfg)} has no objects.")
     count = min(args.number, len(objects))
     drawn = []
     for i in range(count):
@@ -126,7 +132,8 @@ def masks(args: argparse.Namespace) -> int:
         boxes = torch.tensor([box], device=model.device) * scale
         classes = torch.tensor([annotation["category_id"]], device=model.device)
         fcn, fc = mask_paths(model, inputs, boxes, classes)
-        x0, y0, x1, y1 = (int(v) for v in (box[0], box[1], -(-box[2] // 1), -(-box[3] // 1)))
+        x0, y0 = (max(int(v), 0) for v in box[:2])
+        x1, y1 = (ceil(v) for v in box[2:])
         truth = annotation_mask(annotation, image.shape[:2])
         drawn.append((image[y0:y1, x0:x1], truth[y0:y1, x0:x1], fcn[0], fc[0]))
     picture = draw_mask_paths(*zip(*drawn))
@@ -138,26 +145,42 @@ def masks(args: argparse.Namespace) -> int:
     return 0
 
 
+def _precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
+    """Precision by recall of a run, on the first of its data sets, if it was evaluated on one."""
+    config = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(config):
+        return None
+    cfg = setup_config(config, [], needed=("TEST",))
+    if not cfg.DATASETS.TEST:
+        return None
+    name = first_test_set(cfg)
+    # The folder may have been moved since.
+    found = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
+    if not os.path.isfile(found):
+        return None
+    with open(found) as f:
+        results = json.load(f)
+    if not results:
+        return None
+    kind = "segm" if "segmentation" in results[0] else "bbox"
+    limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
+    return precision_recall(ground_truth(name), results, kind, limit)
+
+
 def curves(args: argparse.Namespace) -> int:
     """Plot losses and AP by step, and precision by recall, of one or several output folders."""
     runs, precisions = {}, {}
-    for folder in args.runs:
-        name = os.path.basename(os.path.normpath(folder))
+    names = [os.path.basename(os.path.normpath(folder)) for folder in args.runs]
+    if len(set(names)) < len(names):
+        names = args.runs
+    for name, folder in zip(names, args.runs):
         metrics = os.path.join(folder, "metrics.json")
         if not os.path.isfile(metrics):
             raise DataError(f"{folder} is not the output folder of a run: it has no metrics.json.")
         runs[name] = read_history(metrics)
-        found = os.path.join(folder, "inference", "coco_instances_results.json")
-        config = os.path.join(folder, "config.yaml")
-        if os.path.isfile(found) and os.path.isfile(config):
-            cfg = setup_config(config, [], needed=("TEST",))
-            coco = ground_truth(cfg.DATASETS.TEST[0])
-            with open(found) as f:
-                results = json.load(f)
-            if results:
-                kind = "segm" if "segmentation" in results[0] else "bbox"
-                limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
-                precisions[name] = precision_recall(coco, results, kind, limit)
+        precision = _precision(folder)
+        if precision:
+            precisions[name] = precision
     os.makedirs(args.output, exist_ok=True)
     plot_training(runs, os.path.join(args.output, "training.png"))
     print(f"written: {os.path.join(args.output, 'training.png')}")

@@ -1,4 +1,4 @@
-from .build import build_training_sample_loader, spread_evenly
+from .build import build_training_sample_loader, first_test_set, spread_evenly
 from .check import (
     DataError,
     Problem,
@@ -20,6 +20,7 @@ __all__ = [
     "check_coco",
     "check_images",
     "check_training_images",
+    "first_test_set",
     "register_coco_file",
     "register_shapes",
     "setup_datasets",

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ..config import ConfigError
 from .dataset_mapper import NamedImageMapper
 
-__all__ = ["build_training_sample_loader", "spread_evenly"]
+__all__ = ["build_training_sample_loader", "first_test_set", "spread_evenly"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,22 @@ def build_training_sample_loader(cfg: CfgNode, count: int) -> DataLoader:
     dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
     sample = spread_evenly(dicts, count)
     return build_detection_test_loader(sample, mapper=NamedImageMapper(cfg, False))
+
+
+def first_test_set(cfg: CfgNode) -> str:
+    """
+    Args:
+        cfg (CfgNode): the config of a run.
+
+    Returns:
+        str: the first of its ``DATASETS.TEST``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty; it must name a data set.")
+    return cfg.DATASETS.TEST[0]
 
 
 def spread_evenly(items: Sequence[T], count: int) -> List[T]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from ..config import checked
+from ..errors import UserError
 from .check_annotations import Problem, check_annotations
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 logger = logging.getLogger("panet_d2")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set or an image that cannot be used. The message names the file."""
 
 

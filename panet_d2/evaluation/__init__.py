@@ -1,4 +1,4 @@
-from .build import build_evaluator, check_evaluators, detection_limit
+from .build import build_evaluator, check_evaluators, detection_limit, inference_folder
 from .history import evaluations, losses, read_history
 from .inspection import (
     dead_units,
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate_true_boxes",
     "evaluations",
     "ground_truth",
+    "inference_folder",
     "level_shares",
     "losses",
     "mask_paths",

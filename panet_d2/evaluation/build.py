@@ -21,7 +21,7 @@ from detectron2.evaluation import (
 
 from ..config import ConfigError
 
-__all__ = ["build_evaluator", "check_evaluators", "detection_limit"]
+__all__ = ["build_evaluator", "check_evaluators", "detection_limit", "inference_folder"]
 
 _KNOWN_TYPES = (
     *("coco", "coco_panoptic_seg", "sem_seg", "lvis"),
@@ -42,6 +42,21 @@ def detection_limit(wanted: int) -> int:
     return max(_COCO_MAX_DETECTIONS, wanted)
 
 
+def inference_folder(cfg: CfgNode, dataset_name: str, folder: Optional[str] = None) -> str:
+    """
+    Args:
+        cfg (CfgNode): the config of the evaluation.
+        dataset_name (str): one of its ``DATASETS.TEST``.
+        folder (str or None): the folder of the evaluation, OUTPUT_DIR/inference if None.
+
+    Returns:
+        str: where the results of the data set are. Of several each has a folder of its own, whose
+        files would otherwise be those of the last.
+    """
+    folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
+
+
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
 ) -> DatasetEvaluator:
@@ -50,7 +65,7 @@ def build_evaluator(
         cfg (CfgNode): ``TEST.DETECTIONS_PER_IMAGE`` beyond COCO's 100 raises the limit of the
             COCO evaluator too, since data with more objects than that is what one raises it for.
         dataset_name (str): a registered data set; its ``evaluator_type`` decides.
-        output_folder (str or None): where results are written, OUTPUT_DIR/inference if None.
+        output_folder (str or None): where results are written, see :func:`inference_folder`.
 
     Returns:
         DatasetEvaluator: one evaluator, or several in one.
@@ -58,7 +73,7 @@ def build_evaluator(
     Raises:
         ConfigError: if no evaluator is known for the data set.
     """
-    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    folder = inference_folder(cfg, dataset_name, output_folder)
     kind = _evaluator_type(dataset_name)
     evaluators: List[DatasetEvaluator] = []
     if kind in ("sem_seg", "coco_panoptic_seg"):

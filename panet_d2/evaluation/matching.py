@@ -63,7 +63,13 @@ def ground_truth(name: str) -> COCO:
 
 
 def _evaluate(coco: COCO, results: List[dict], iou_type: str, max_detections: int) -> COCOeval:
-    evaluator = COCOeval(coco, coco.loadRes(results), iou_type)
+    unknown = {result["image_id"] for result in results} - set(coco.getImgIds())
+    if unknown:
+        raise DataError(
+            f"the results are of images that the data set does not have, such as {min(unknown)}."
+        )
+    found = coco.loadRes(results) if results else COCO()  # which cannot load an empty list
+    evaluator = COCOeval(coco, found, iou_type)
     evaluator.params.maxDets = [1, 10, max_detections]
     return evaluator
 
@@ -83,6 +89,9 @@ def match_predictions(
     Returns:
         dict[int, ImageMatch]: by image id, for all images of ``coco``. Matches with crowd regions
         are neither right nor wrong and appear nowhere.
+
+    Raises:
+        DataError: if there are results of other images.
     """
     matches = {image_id: ImageMatch() for image_id in coco.getImgIds()}
     kept = [r for r in results if r["score"] >= score_threshold]
@@ -135,10 +144,12 @@ def object_recall(
     Returns:
         dict[str, float]: in percent, of "all" objects and of those that are "small", "medium" and
         "large" in COCO's sense; NaN where there are none. Crowd regions do not count.
+
+    Raises:
+        DataError: if there are results of other images.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(coco, coco.loadRes(results) if results else COCO(), iou_type)
-        evaluator.params.maxDets = [max(len(results), 1)]
+        evaluator = _evaluate(coco, results, iou_type, max(len(results), 1))
         evaluator.params.iouThrs = np.array([iou_threshold])
         evaluator.params.useCats = int(use_categories)
         evaluator.evaluate()
@@ -165,6 +176,9 @@ def average_precision(
     Returns:
         dict[str, float]: AP (over IoU 0.5 to 0.95), AP50 and AP75, in percent; NaN where the
         ground truth is empty.
+
+    Raises:
+        DataError: if there are results of other images.
     """
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
@@ -196,6 +210,9 @@ def precision_recall(
     Returns:
         tuple[np.ndarray, np.ndarray]: recalls from 0 to 1, and the precision at each, the mean of
         all categories that have objects.
+
+    Raises:
+        DataError: if there are results of other images.
     """
     precision, thresholds, recalls = _accumulated(coco, results, iou_type, max_detections)
     at = precision[int(np.abs(thresholds - iou_threshold).argmin())]

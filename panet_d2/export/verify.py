@@ -12,8 +12,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 
-from ..config import ConfigError
-from ..data import DataError, spread_evenly
+from ..data import DataError, first_test_set, spread_evenly
 
 __all__ = ["MAX_UNMATCHED", "TOLERANCES", "Agreement", "blank_images", "sample_images"]
 
@@ -133,9 +132,7 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
         DataError: if an image cannot be read.
     """
     if not files:
-        if not cfg.DATASETS.TEST:
-            raise ConfigError("DATASETS.TEST is empty; it must name the data to check with.")
-        dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST[:1], filter_empty=False)
+        dicts = get_detection_dataset_dicts([first_test_set(cfg)], filter_empty=False)
         files = [record["file_name"] for record in spread_evenly(dicts, count)]
     images = []
     for i in range(max(count, len(files))):

@@ -87,6 +87,20 @@ def test_matching_heuristics(path):
     assert all(torch.equal(ours[f"inner.{name}"], torch.as_tensor(v)) for name, v in theirs.items())
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:9/model.pth",  # nobody listens there
+        "catalog://no/such/model",
+        "detectron2:/model.pth?matching_heuristics=True",
+        "gopher://127.0.0.1/model.pth",
+    ],
+)
+def test_what_cannot_be_fetched(address):
+    with pytest.raises(CheckpointError, match="cannot get .*, which MODEL.WEIGHTS names: "):
+        StrictCheckpointer(Model()).load(address)
+
+
 def test_no_checkpoint():
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
         StrictCheckpointer(Model()).load("")

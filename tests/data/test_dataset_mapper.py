@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.data.common import MapDataset
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from panet_d2.data import DataError, NamedImageMapper, check_images, register_coco_file
 
@@ -34,6 +36,18 @@ def test_unreadable_image_is_named(record, content):
     spoil(record["file_name"], content)
     with pytest.raises(DataError, match="001.png"):
         NamedImageMapper(tiny_cfg(), True)(record)
+
+
+def test_workers_say_no_more_than_the_mapper(record):
+    """torch puts the traceback of the process into the text of the error."""
+    spoil(record["file_name"], b"")
+    mapped = MapDataset([record], NamedImageMapper(tiny_cfg(), True))
+    with pytest.raises(DataError) as alone:
+        next(iter(DataLoader(mapped)))
+    with pytest.raises(DataError) as of_worker:
+        next(iter(DataLoader(mapped, num_workers=1)))
+    assert str(of_worker.value) == str(alone.value)
+    assert str(alone.value).startswith(f"cannot use image {record['file_name']}: ")
 
 
 def test_missing_image_is_named(record):

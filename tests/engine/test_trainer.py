@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
@@ -16,6 +17,17 @@ from panet_d2.data.train_loader import seed_all
 from panet_d2.engine import Trainer, TrainingDiverged, latest_checkpoint, setup_config
 
 from ..common import tiny_cfg
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """Lets models with deformable convs be made, though not run, where they are not compiled."""
+
+    class DeformConv(Conv2d):
+        def __init__(self, *args, deformable_groups, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("detectron2.modeling.backbone.resnet.DeformConv", DeformConv)
 
 
 class TestTrainer:
@@ -37,6 +49,24 @@ class TestTrainer:
         cfg.MODEL.WEIGHTS = str(tmp_path / "half.pth")
         torch.save({"model": state}, cfg.MODEL.WEIGHTS)
         with pytest.raises(CheckpointError, match="missing from it: backbone.bottom_up.res4"):
+            Trainer(cfg).resume_or_load(resume=False)
+
+    def test_a_backbone_without_deformable_convs_starts_one_with(self, config_file, tmp_path, op):
+        """Their offsets are in no classifier's weights."""
+        depth = ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256")
+        cfg = setup_config(config_file, depth)
+        state = {k: v for k, v in build_model(cfg).state_dict().items() if "bottom_up" in k}
+        cfg.MODEL.WEIGHTS = str(tmp_path / "plain.pth")
+        torch.save({"model": state}, cfg.MODEL.WEIGHTS)
+        cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, True]
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        loaded = trainer.model.state_dict()
+        assert any("conv2_offset" in k for k in loaded)
+        assert all(torch.equal(loaded[k], v) for k, v in state.items())
+        del state["backbone.bottom_up.res5.0.conv2.weight"]
+        torch.save({"model": state}, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match="1 missing from it: .*res5.0.conv2.weight"):
             Trainer(cfg).resume_or_load(resume=False)
 
     def test_does_not_resume_into_another_model(self, config_file):
@@ -231,13 +261,26 @@ class TestTimeAugmentation:
         Trainer.check_test_aug(tiny_cfg("TEST.AUG.ENABLED", True, "MODEL.MASK_ON", False))
 
 
+def options_by_parameter(optimizer):
+    return {
+        id(p): {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
 class TestOptimizer:
     def test_default_is_detectron2s(self):
-        cfg = tiny_cfg()
+        cfg = tiny_cfg(
+            *("SOLVER.BIAS_LR_FACTOR", 2.0),
+            *("SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+            *("SOLVER.WEIGHT_DECAY_NORM", 0.25),
+            *("SOLVER.NESTEROV", True),
+        )
         model = build_model(cfg)
         ours, stock = Trainer.build_optimizer(cfg, model), build_optimizer(cfg, model)
         assert isinstance(ours, torch.optim.SGD)
-        assert ours.param_groups[0]["momentum"] == stock.param_groups[0]["momentum"] == 0.9
+        assert options_by_parameter(ours) == options_by_parameter(stock)
 
     def test_adamw(self):
         cfg = tiny_cfg(

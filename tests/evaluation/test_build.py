@@ -4,7 +4,7 @@ from detectron2.evaluation import COCOEvaluator
 
 from panet_d2 import ConfigError
 from panet_d2.data import register_coco_file
-from panet_d2.evaluation import build_evaluator, check_evaluators
+from panet_d2.evaluation import build_evaluator, check_evaluators, inference_folder
 
 from ..common import tiny_cfg, write_coco
 
@@ -50,6 +50,23 @@ def test_panoptic_has_three(monkeypatch):
     MetadataCatalog.get("some_panoptic").evaluator_type = "coco_panoptic_seg"
     parts = build_evaluator(tiny_cfg(), "some_panoptic")._evaluators
     assert parts == ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"]
+
+
+def test_each_of_several_data_sets_has_its_folder(tmp_path):
+    """Or the results of the last would lie where those of the first are looked for."""
+    names = ["evaluated_first", "evaluated_second"]
+    for name in names:
+        register_coco_file(name, *write_coco(tmp_path / name))
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", names)
+    for name in names:
+        folder = inference_folder(cfg, name)
+        assert folder == str(tmp_path / "inference" / name)
+        assert build_evaluator(cfg, name)._output_dir == folder
+        tta = build_evaluator(cfg, name, str(tmp_path / "inference_TTA"))
+        assert tta._output_dir == str(tmp_path / "inference_TTA" / name)
+    cfg.DATASETS.TEST = names[:1]  # as Detectron2 has it
+    assert build_evaluator(cfg, names[0])._output_dir == str(tmp_path / "inference")
+    assert inference_folder(cfg, names[0]) == str(tmp_path / "inference")
 
 
 def test_unknown_type():

@@ -101,10 +101,16 @@ def squares(tmp_path):
     return name
 
 
-@pytest.mark.parametrize("bias, ap", [(50.0, 100.0), (-50.0, 0.0)])
-def test_masks_in_true_boxes(bias, ap, squares):
+@pytest.mark.parametrize(
+    "architecture, bias, ap",
+    [("GeneralizedRCNN", 50.0, 100.0), ("GeneralizedRCNN", -50.0, 0.0), ("PanopticFPN", 50.0, 100)],
+)
+def test_masks_in_true_boxes(architecture, bias, ap, squares):
     """The objects are squares, so that a mask that fills its box is right."""
-    cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False)
+    cfg = tiny_cfg(
+        *("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False),
+        *("MODEL.META_ARCHITECTURE", architecture),
+    )
     model = build_model(cfg).eval()
     predictor = model.roi_heads.mask_head.predictor
     with torch.no_grad():

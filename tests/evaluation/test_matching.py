@@ -111,6 +111,13 @@ def test_crowds_are_neither_right_nor_wrong(coco):
     assert len(matches[1].missed) == 1
 
 
+@pytest.mark.parametrize("find", [match_predictions, object_recall, average_precision])
+def test_results_of_other_images_are_refused(coco, find):
+    results = [prediction(coco.anns[1], image_id=77)]
+    with pytest.raises(DataError, match="results are of images .*77"):
+        find(coco, results)
+
+
 def test_recall_by_size(coco):
     """Six objects of 24 x 24 pixels, small ones, of which one is called large and one a crowd."""
     coco.anns[2]["area"] = 100**2

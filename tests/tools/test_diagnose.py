@@ -63,6 +63,11 @@ def test_a_model_without_roi_heads(tmp_path, capsys):
     assert "no box head" in capsys.readouterr().err
 
 
+def test_no_data_set(tmp_path, capsys):
+    assert diagnose.main(["--config-file", write_run(tmp_path), "DATASETS.TEST", "()"]) == 2
+    assert "DATASETS.TEST is empty" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_there(tmp_path, capsys):
     config = write_run(tmp_path)
     assert diagnose.main(["--config-file", config, "MODEL.WEIGHTS", "lost.pth"]) == 2

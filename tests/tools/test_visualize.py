@@ -1,10 +1,13 @@
 import json
+import shutil
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
 from detectron2.modeling import build_model
+
+from panet_d2.engine import read_config
 
 from ..common import load_script, tiny_cfg, write_coco
 
@@ -89,6 +92,61 @@ def test_masks(trained, capsys):
     picture = cv2.imread(str(output / "masks.png"))
     assert picture.shape == (24 + 3 * 164, 4 * 164, 3)  # a bar, three rows of four panels
     assert "3 objects" in capsys.readouterr().out
+
+
+def test_masks_of_objects_that_reach_beyond_the_image(trained, capsys):
+    config, output = str(trained / "config.yaml"), trained / "figures"
+    cfg = read_config(config)
+    (_, json_file, root) = cfg.DATASETS.REGISTER_COCO[0]
+    content = json.loads(Path(json_file).read_text())
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [-3, -3, x + w + 3, y + h + 3]
+    beyond = Path(json_file).with_name("beyond.json")
+    beyond.write_text(json.dumps(content))
+    opts = ["DATASETS.REGISTER_COCO", str([["beyond", str(beyond), root]])]
+    command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]
+    assert visualize.main([*command, *opts, "DATASETS.TEST", "('beyond',)"]) == 0
+    assert cv2.imread(str(output / "masks.png")) is not None
+    content["annotations"] = []
+    beyond.with_name("none.json").write_text(json.dumps(content))
+    opts = ["DATASETS.REGISTER_COCO", str([["none", str(beyond.with_name("none.json")), root]])]
+    assert visualize.main([*command, *opts, "DATASETS.TEST", "('none',)"]) == 2
+    assert "none has no objects" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predictions", "levels", "masks"])
+def test_no_data_set(trained, command, capsys):
+    config, output = str(trained / "config.yaml"), str(trained / "figures")
+    opts = ["DATASETS.TEST", "()"]
+    assert visualize.main([command, "--config-file", config, "--output", output, *opts]) == 2
+    assert "DATASETS.TEST is empty" in capsys.readouterr().err
+
+
+def test_curves_of_runs_with_the_same_name(trained, tmp_path, monkeypatch):
+    for group in "ab":
+        (tmp_path / group / "run").mkdir(parents=True)
+        shutil.copy(trained / "metrics.json", tmp_path / group / "run")
+    drawn = {}
+    monkeypatch.setattr(visualize, "plot_training", lambda runs, path: drawn.update(runs))
+    runs = [str(tmp_path / group / "run") for group in "ab"]
+    assert visualize.main(["curves", *runs, "--output", str(tmp_path / "figures")]) == 0
+    assert list(drawn) == runs
+
+
+def test_results_of_the_data_set_among_several(run, capsys):
+    """The evaluation of two data sets; the results looked at are those of the first."""
+    cfg = read_config(str(run / "config.yaml"))
+    _, json_file, root = cfg.DATASETS.REGISTER_COCO[0]
+    opts = [
+        *("DATASETS.REGISTER_COCO", str([[n, json_file, root] for n in ("one", "other")])),
+        *("DATASETS.TEST", "('one', 'other')"),
+    ]
+    (run / "inference/one").mkdir()
+    name = "coco_instances_results.json"
+    (run / "inference" / name).rename(run / "inference/one" / name)
+    assert predictions(run, *opts) == 0
+    assert "mask AP 72.3" in capsys.readouterr().out
 
 
 def test_curves(trained, tmp_path):
