@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """
 What holds a trained model back: how many objects its proposals, boxes, masks and classes lose, its
-mask AP with the boxes and classes of the truth, where only masks can be wrong, and how much of its
-box head is dead.
+mask AP with the boxes and classes of the truth, where only masks can be wrong, and with those that
+another run detects, and how much of its box head is dead.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
@@ -19,13 +19,28 @@ from panet_d2 import ConfigError
 from panet_d2.checkpoint import CheckpointError
 from panet_d2.data import DataError, NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
-from panet_d2.evaluation import dead_units, detection_stages, evaluate_true_boxes
+from panet_d2.evaluation import (
+    dead_units,
+    detection_stages,
+    evaluate_boxes_of,
+    evaluate_true_boxes,
+)
+
+
+def print_ap(ap: Dict[str, float]) -> None:
+    keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    print("  ".join(f"{key} {ap[key]:.1f}" for key in keys))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config.yaml of a run")
     parser.add_argument("--number", type=int, default=12, help="of images whose proposals count")
+    parser.add_argument(
+        "--boxes-of",
+        metavar="CONFIG",
+        help="config.yaml of another run on the same data, whose boxes this one puts its masks in",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
     try:
@@ -49,9 +64,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
         if cfg.MODEL.MASK_ON:
             print(f"mask AP with the boxes and classes of the truth, all of {name}:")
-            ap = evaluate_true_boxes(cfg, model, name)
-            keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-            print("  ".join(f"{key} {ap[key]:.1f}" for key in keys))
+            print_ap(evaluate_true_boxes(cfg, model, name))
+        if args.boxes_of:
+            other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
+            print(f"mask AP with what {args.boxes_of} detects:")
+            print_ap(evaluate_boxes_of(cfg, model, other, name))
     except (CheckpointError, ConfigError, DataError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@ from .history import evaluations, losses, read_history
 from .inspection import (
     dead_units,
     detection_stages,
+    evaluate_boxes_of,
     evaluate_true_boxes,
     level_shares,
     mask_paths,
@@ -34,6 +35,7 @@ __all__ = [
     "detection_stages",
     "draw_comparison",
     "draw_mask_paths",
+    "evaluate_boxes_of",
     "evaluate_true_boxes",
     "evaluations",
     "ground_truth",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from functools import partial
-from typing import Dict, Iterable, List, Tuple
+from typing import Callable, Dict, Iterable, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -25,6 +25,7 @@ from .matching import ground_truth, object_recall
 __all__ = [
     "dead_units",
     "detection_stages",
+    "evaluate_boxes_of",
     "evaluate_true_boxes",
     "level_shares",
     "mask_paths",
@@ -151,7 +152,6 @@ def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str
     return {name: ~seen for name, seen in alive.items()}
 
 
-@torch.no_grad()
 def evaluate_true_boxes(
     cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str
 ) -> Dict[str, float]:
@@ -170,17 +170,87 @@ def evaluate_true_boxes(
     Raises:
         ValueError: if the model predicts no masks, or the data set has no objects.
     """
+    _check_masks(model)
+    objects = {
+        record["image_id"]: [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+        for record in get_detection_dataset_dicts([dataset_name], filter_empty=False)
+    }
+    most = max(map(len, objects.values()), default=0)
+    if not most:
+        raise ValueError(f"{dataset_name} has no objects.")
+
+    def true_boxes(image: dict) -> Instances:
+        annotations = objects[image["image_id"]]
+        height, width = image["image"].shape[1:]
+        corners = [
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+        ]
+        boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+        boxes.scale(width / image["width"], height / image["height"])
+        return Instances(
+            (height, width),
+            pred_boxes=boxes,
+            pred_classes=torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
+            scores=torch.ones(len(annotations)),
+        )
+
+    return _evaluate_masks(cfg, model, dataset_name, true_boxes, most)
+
+
+def evaluate_boxes_of(
+    cfg: CfgNode, model: GeneralizedRCNN, other: GeneralizedRCNN, dataset_name: str
+) -> Dict[str, float]:
+    """
+    Mask AP with the boxes, classes and scores that another model detects. Two models each in the
+    boxes of the other say which of them has the better boxes, and which the better masks.
+
+    Args:
+        cfg (CfgNode): how images are resized, for both, and how many detections count.
+        model (GeneralizedRCNN): predicts the masks.
+        other (GeneralizedRCNN): detects.
+        dataset_name (str): a registered data set with masks, evaluated as COCO is.
+
+    Returns:
+        dict[str, float]: as of :func:`evaluate_true_boxes`.
+
+    Raises:
+        ValueError: if the model predicts no masks, or the other one other classes.
+    """
+    _check_masks(model)
+    ours, theirs = (getattr(_roi_heads(m), "num_classes", None) for m in (model, other))
+    if theirs is None:
+        raise ValueError("the other model has no ROI heads.")
+    if ours != theirs:
+        raise ValueError(f"the model knows {ours} classes, and the other one {theirs}.")
+    other.eval()
+
+    def detected(image: dict) -> Instances:
+        (found,) = GeneralizedRCNN.inference(other, [image], do_postprocess=False)
+        return Instances(
+            found.image_size,
+            pred_boxes=found.pred_boxes,
+            pred_classes=found.pred_classes,
+            scores=found.scores,
+        )
+
+    return _evaluate_masks(cfg, model, dataset_name, detected, cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def _check_masks(model: nn.Module) -> None:
     if not getattr(_roi_heads(model), "mask_on", False):
         raise ValueError("the model predicts no masks.")
+
+
+@torch.no_grad()
+def _evaluate_masks(
+    cfg: CfgNode,
+    model: GeneralizedRCNN,
+    dataset_name: str,
+    given: Callable[[dict], Instances],
+    most: int,
+) -> Dict[str, float]:
+    """Mask AP in boxes that are given for each image, ``most`` at most, in pixels of the input."""
     mapper = NamedImageMapper(cfg, False)
-    records = []
-    for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
-        objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-        if objects:
-            records.append((record, objects))
-    if not records:
-        raise ValueError(f"{dataset_name} has no objects.")
-    most = max(len(objects) for _, objects in records)
     evaluator = COCOEvaluator(
         dataset_name,
         ("segm",),
@@ -189,20 +259,10 @@ def evaluate_true_boxes(
     )
     evaluator.reset()
     model.eval()
-    for record, objects in records:
+    for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
         image = mapper(record)
-        height, width = image["image"].shape[1:]
-        corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
-        boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
-        boxes.scale(width / record["width"], height / record["height"])
-        given = Instances(
-            (height, width),
-            pred_boxes=boxes,
-            pred_classes=torch.tensor([a["category_id"] for a in objects]),
-            scores=torch.ones(len(objects)),
-        )
         # A panoptic model's own method takes no boxes.
-        evaluator.process([image], GeneralizedRCNN.inference(model, [image], [given]))
+        evaluator.process([image], GeneralizedRCNN.inference(model, [image], [given(image)]))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
         return dict(evaluator.evaluate()["segm"])
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -8,6 +10,7 @@ from panet_d2.data import register_coco_file
 from panet_d2.evaluation import (
     dead_units,
     detection_stages,
+    evaluate_boxes_of,
     evaluate_true_boxes,
     level_shares,
     mask_paths,
@@ -121,6 +124,18 @@ def test_masks_in_true_boxes(architecture, bias, ap, squares):
     assert result["AP-class1"] == pytest.approx(ap)
 
 
+def test_images_without_objects_are_no_trouble(tmp_path):
+    json_file, root = write_coco(tmp_path)
+    with open(json_file) as f:
+        content = json.load(f)
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
+    with open(json_file, "w") as f:
+        json.dump(content, f)
+    register_coco_file("squares_and_none", json_file, root)
+    cfg = tiny_cfg()
+    assert evaluate_true_boxes(cfg, build_model(cfg), "squares_and_none")["AP"] >= 0
+
+
 def test_masks_in_true_boxes_need_masks(squares):
     cfg = tiny_cfg("MODEL.MASK_ON", False)
     with pytest.raises(ValueError, match="no masks"):
@@ -187,6 +202,28 @@ def test_objects_that_proposals_lose(shift, found, squares, model_that_says_clas
     assert stages["proposals"]["all"] == stages["boxes"]["all"] == pytest.approx(found)
 
 
+def test_masks_in_the_boxes_of_another_model(squares, model_that_says_class_1):
+    """Whose own masks are empty; the boxes of the one that gives the masks are anywhere."""
+    cfg, other = model_that_says_class_1
+    other.proposal_generator = Proposer(squares, 0.0)
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        for head, bias in ((model, 50.0), (other, -50.0)):
+            head.roi_heads.mask_head.predictor.weight.zero_()
+            head.roi_heads.mask_head.predictor.bias.fill_(bias)
+    ap = evaluate_boxes_of(cfg, model, other, squares)
+    assert ap["AP-class1"] > 50 and ap["AP-class0"] == ap["AP-class2"] == 0
+    assert ap["AP"] == pytest.approx(ap["AP50"]) == pytest.approx(ap["AP75"])  # masks are exact
+    other.proposal_generator = Proposer(squares, 0.0)
+    assert evaluate_boxes_of(cfg, other, other, squares)["AP"] == 0
+
+
+def test_boxes_of_a_model_with_other_classes(squares):
+    models = [build_model(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", n)) for n in (3, 4)]
+    with pytest.raises(ValueError, match="3 classes, and the other one 4"):
+        evaluate_boxes_of(tiny_cfg(), *models, squares)
+
+
 def test_objects_that_masks_lose(squares, model_that_says_class_1):
     cfg, model = model_that_says_class_1
     model.proposal_generator = Proposer(squares, 0.0)
@@ -222,6 +259,8 @@ def test_a_model_without_roi_heads(squares):
         (lambda: dead_units(model, INPUTS), "no box head"),
         (lambda: detection_stages(cfg, model, squares), "no proposals"),
         (lambda: evaluate_true_boxes(cfg, model, squares), "no masks"),
+        (lambda: evaluate_boxes_of(cfg, model, model, squares), "no masks"),
+        (lambda: evaluate_boxes_of(cfg, build_model(tiny_cfg()), model, squares), "no ROI heads"),
     ):
         with pytest.raises(ValueError, match=message):
             look()

@@ -63,6 +63,18 @@ def test_a_model_without_roi_heads(tmp_path, capsys):
     assert "no box head" in capsys.readouterr().err
 
 
+def test_boxes_of_another_run(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    config, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    assert diagnose.main(["--config-file", config, "--boxes-of", other]) == 0
+    *_, what, ap = capsys.readouterr().out.splitlines()
+    assert what == f"mask AP with what {other} detects:" and re.match(r"AP [\d.]+  AP50 ", ap)
+    without = write_run(tmp_path, "MODEL.MASK_ON", False)
+    assert diagnose.main(["--config-file", without, "--boxes-of", other]) == 2
+    assert "no masks" in capsys.readouterr().err
+
+
 def test_no_data_set(tmp_path, capsys):
     assert diagnose.main(["--config-file", write_run(tmp_path), "DATASETS.TEST", "()"]) == 2
     assert "DATASETS.TEST is empty" in capsys.readouterr().err
