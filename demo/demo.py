@@ -92,6 +92,8 @@ class Model:
         self.metadata = Metadata(**known)
         numbers = known.get("thing_dataset_id_to_contiguous_id", {})
         self.category_ids = {number: category_id for category_id, number in numbers.items()}
+        # Detectron2 keeps no numbers of LVIS's categories, which count from one.
+        self.first_id = 1 if known.get("evaluator_type") == "lvis" else 0
         # From frame to frame, an object keeps its color.
         self.video = None if args.input else VideoVisualizer(self.metadata)
 
@@ -113,7 +115,8 @@ class Model:
         results = instances_to_coco_json(outputs["instances"].to("cpu"), image_id)
         for result in results:
             number = result["category_id"]
-            result.update(category_id=self.category_ids.get(number, number), file_name=file_name)
+            category_id = self.category_ids.get(number, number + self.first_id)
+            result.update(category_id=category_id, file_name=file_name)
         return results
 
 

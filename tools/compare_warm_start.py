@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import nn
 
 from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
+from panet_d2.checkpoint import CheckpointError, atomic_open
 from panet_d2.checkpoint.convert import convert
 from panet_d2.data import DataError, build_training_sample_loader
 from panet_d2.engine import Trainer, load_for_inference, setup_config
@@ -102,8 +102,17 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
 
     def keep(run: str, values: dict) -> None:
         results.setdefault(run, {}).update(values)
-        with open(path("results.json"), "w") as f:
+        with atomic_open(path("results.json"), "w") as f:
             json.dump(results, f, indent=1)
+
+    arguments = {k: v for k, v in vars(args).items() if k != "output"}
+    for key, before in results.get("arguments", arguments).items():
+        if before != arguments.get(key):
+            raise ConfigError(
+                f"{args.output} holds another comparison: {key} was {before} there and is "
+                f"{arguments.get(key)} now; name another --output."
+            )
+    keep("arguments", arguments)
 
     if not args.donor:
         train(args.donor_config, path("donor"), *args.opts)

@@ -33,7 +33,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="names that may be left out although no rule says so, e.g. 'Keypoint_*'",
+        help="release, mmdet: names that may be left out without a rule, e.g. 'Keypoint_*'",
     )
     parser.add_argument(
         "--calibrate",
@@ -45,6 +45,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     if args.calibrate is not None and (args.kind != "mask-rcnn" or args.calibrate < 1):
         parser.error("--calibrate is for mask-rcnn, and takes at least one image")
+    if args.allow_unmatched and args.kind == "mask-rcnn":
+        parser.error("--allow-unmatched is for release and mmdet, whose names have rules")
     config_file = args.config_file or os.path.join(CONFIGS, DEFAULT_CONFIGS[args.kind])
     try:
         cfg = setup_config(config_file, args.opts, needed=("TRAIN",) if args.calibrate else ())

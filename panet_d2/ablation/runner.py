@@ -230,10 +230,14 @@ def run_all(
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     with bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(execute, run, work, results, train_net, threads) for run in todo]
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except RunFailed as e:
-                failures.append(str(e))
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                except RunFailed as e:
+                    failures.append(str(e))
+                bar.update()
+        except BaseException:  # such as Ctrl-C: leaving the pool would train all the others first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, List, Tuple
+from typing import Collection, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
@@ -18,7 +18,11 @@ _PIXELS = 8  # of each grid; its pixels have much in common
 _STEPS, _ROWS, _LEARNING_RATE = 400, 2048, 0.02
 
 
-def calibrate(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str, float]:
+def calibrate(
+    model: GeneralizedRCNN,
+    inputs: Iterable[List[dict]],
+    names: Optional[Collection[str]] = None,
+) -> Dict[str, float]:
     """
     Scale and shift the output channels of every level's adaptation layer so that what comes out
     of the fusion is as near as can be to what the layer gives for the one level that FPN's rule
@@ -33,12 +37,16 @@ def calibrate(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str,
         model (GeneralizedRCNN): a PANet with adaptation layers that are copies of one; changed in
             place.
         inputs (iterable[list[dict]]): batches of images as the model takes them for inference.
+        names (collection[str] or None): the poolers whose layers are such copies, as "mask_pooler";
+            None for all that have adaptation layers.
 
     Returns:
-        dict[str, float]: for each pooler with adaptation layers, by its name, the squared error of
+        dict[str, float]: for each of these poolers, by its name, the squared error of
         the fused output that is left, as a share of the variance.
     """
     poolers = adaptive_poolers(model.roi_heads)
+    if names is not None:
+        poolers = {name: pooler for name, pooler in poolers.items() if name in names}
     rows: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in poolers}
     training = model.training
     model.eval()

@@ -80,7 +80,8 @@ def _calibrate(result: Conversion, cfg: CfgNode, inputs: Iterable[List[dict]]) -
     """Calibrate the adaptation layers of a warm start, and note it in the account."""
     model = build_model(cfg)
     model.load_state_dict(result.state)
-    calibrate(model, inputs)
+    copied = {row.target.split(".")[1] for row in result.rows if row.action == "copied"}
+    calibrate(model, inputs, copied)
     before = result.state
     result.state = {name: value.cpu() for name, value in model.state_dict().items()}
     result.rows = [

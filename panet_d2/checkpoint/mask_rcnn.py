@@ -39,6 +39,9 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     - the linear layer of the fully-connected path is zero, so that the masks are the FCN path's.
       It learns all the same, since its input is not zero.
 
+    A box head of fcs alone is no start for one that has convs in front of them, nor the other way
+    round: layers of the same name have learned to read something else. It starts anew.
+
     Args:
         source (dict[str, Tensor]): weights of the Mask R-CNN, by Detectron2's names.
         model (dict[str, Tensor]): the PANet's state dict, with its initial values.
@@ -55,7 +58,11 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
         raise CheckpointError("it is not a Mask R-CNN with FPN by Detectron2's names.")
     adaptations = _adaptation_layers(model)
     result = Conversion()
+    other_box_head = _begins_with_convs(source, {}) != _begins_with_convs(model, adaptations)
     for name, tensor in source.items():
+        if other_box_head and name.startswith("roi_heads.box_"):
+            result.leave_out(name, tensor, "another kind of box head")
+            continue
         stem, number, rest = _numbered(name)
         if stem in adaptations and number == 1:
             layer = f"{adaptations[stem]}.{rest}"
@@ -97,6 +104,12 @@ def _adaptation_layers(model: Tensors) -> Dict[str, str]:
         if match:
             layers[_STEMS[match[2], value.dim()]] = match[1]
     return layers
+
+
+def _begins_with_convs(state: Tensors, adaptations: Dict[str, str]) -> bool:
+    """Whether the box head has convs in front of its fcs, or in the pooler instead of its first."""
+    stem = _STEMS["box", 4]
+    return stem in adaptations or f"{stem}1.weight" in state
 
 
 def _numbered(name: str) -> Tuple[str, int, str]:

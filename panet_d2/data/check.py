@@ -49,7 +49,7 @@ def read_coco(json_file: str) -> dict:
         perhaps "annotations".
 
     Raises:
-        DataError: if it is not such a file.
+        DataError: if it cannot be read, or is not such a file.
     """
     try:
         with PathManager.open(json_file) as f:
@@ -57,6 +57,8 @@ def read_coco(json_file: str) -> dict:
         lists = [content["images"], content["categories"], content.get("annotations", [])]
         if not all(isinstance(x, list) for x in lists):
             raise TypeError("these must be lists")
+    except OSError as e:
+        raise DataError(f"cannot read {json_file}: {e.strerror or e}.") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(
             f"{json_file} is not a COCO annotation file ({type(e).__name__}: {e}); it needs "

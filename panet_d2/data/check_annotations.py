@@ -139,6 +139,9 @@ def _ids(kind: str, records: list) -> Tuple[set, List[Problem]]:
             problems.append(Problem(_name(kind, record), f"{kind} id occurs more than once"))
         else:
             seen.add(record["id"])
+    if kind != "annotation" and len({isinstance(id_, str) for id_ in seen}) > 1:
+        where = f"{kind} {next(id_ for id_ in seen if isinstance(id_, str))}"
+        problems.append(Problem(where, "ids are partly numbers, partly text", "they are sorted"))
     return seen, problems
 
 
@@ -153,6 +156,9 @@ def _annotation_problems(
     if annotation.get("id") == 0:
         severity = "error" if evaluated else "warning"
         yield Problem(where, "annotation id is 0", "COCO's evaluation takes it for none", severity)
+    elif evaluated and isinstance(annotation.get("id"), str):
+        detail = "COCO's evaluation computes with it"
+        yield Problem(where, "annotation id is not a number", detail)
     if annotation.get("iscrowd", 0) not in (0, 1):
         yield Problem(where, "'iscrowd' is neither 0 nor 1", str(annotation["iscrowd"]))
     if annotation.get("ignore", 0) != 0:

@@ -265,8 +265,23 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
                 f"{key} is {node.NUM_CLASSES}, but data set {name!r} has {len(known)} classes; "
                 f"{key} must be {len(known)}, or 0 to take it from the data."
             )
+    _check_class_names(classes)
     if node.NUM_CLASSES < 1:
         raise ConfigError(
             f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 where DATASETS names a "
             "data set whose classes are known."
         )
+
+
+def _check_class_names(classes: Dict[str, Tuple[str, ...]]) -> None:
+    """Several data sets with the same number of classes must mean the same by each number."""
+    if not classes:
+        return
+    first, expected = next(iter(classes.items()))
+    for name, known in classes.items():
+        for number, (ours, theirs) in enumerate(zip(expected, known), 1):
+            if len(known) > 1 and ours != theirs:  # a single one cannot be mistaken for another
+                raise ConfigError(
+                    f"DATASETS: class {number} of {first!r} is {ours!r}, and of {name!r} "
+                    f"{theirs!r}; all must have the same classes, in the order of their ids."
+                )

@@ -29,6 +29,7 @@ _KNOWN_TYPES = (
 )
 # COCO's own limit on the detections of one image that count.
 _COCO_MAX_DETECTIONS = 100
+_COCO_KEYPOINTS = 17  # of a person, whose sigmas pycocotools knows
 
 
 def detection_limit(wanted: int) -> int:
@@ -108,10 +109,18 @@ def check_evaluators(cfg: CfgNode) -> None:
         cfg (CfgNode): the config of the run.
 
     Raises:
-        ConfigError: if no evaluator is known for one of ``DATASETS.TEST``.
+        ConfigError: if no evaluator is known for one of ``DATASETS.TEST``, or it cannot judge as
+            many keypoints as there are.
     """
     for name in cfg.DATASETS.TEST:
-        _evaluator_type(name)
+        if _evaluator_type(name) in ("coco", "coco_panoptic_seg") and cfg.MODEL.KEYPOINT_ON:
+            number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+            if sigmas != number:
+                raise ConfigError(
+                    f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers, COCO's where it is empty; to "
+                    f"evaluate on {name!r} it must have {number}, one for each of NUM_KEYPOINTS."
+                )
 
 
 def _evaluator_type(dataset_name: str) -> str:

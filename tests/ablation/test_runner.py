@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from functools import partial
 from os import cpu_count
 
@@ -91,6 +93,27 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert failures == ["seed 2 broke"] and sorted(done) == [0, 1, 2, 3]
     run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
     assert sorted(done) == [0, 1, 2, 2, 3]
+
+
+def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
+    """The signal ends the run that is under way as well, since it goes to both."""
+    runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(4)]
+    started, interrupted = [], threading.Event()
+
+    def execute(run, *args):
+        started.append(run.seed)
+        assert interrupted.wait(10)
+
+    def as_completed(futures):
+        while not started:
+            time.sleep(0.01)
+        threading.Timer(0.2, interrupted.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "as_completed", as_completed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
+    assert started == [0]
 
 
 def test_settings_have_no_folders():

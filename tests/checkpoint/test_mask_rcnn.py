@@ -125,13 +125,47 @@ def test_other_classes_leave_the_predictors_out():
     assert all("number of classes" in r.note for r in left)
 
 
-def test_heavier_head_starts_anew():
-    """A donor with two fcs has no conv to copy; what does not fit is accounted for."""
-    opts = ("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv", "MODEL.ROI_BOX_HEAD.CONV_DIM", 32)
-    donor, model = state(*DONOR), state(*opts)
-    rows = {r.target: r for r in warm_start(donor, model).rows}
-    layer = rows["roi_heads.box_pooler.adaptation_layers.weight"]
-    assert (layer.action, layer.note) == ("initialised", "as for training from scratch")
+CONVS = ("MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.NUM_FC", 1)
+HEADS = {
+    "2fc": (DONOR, ()),
+    "convs": (
+        (*DONOR, *CONVS, "MODEL.ROI_BOX_HEAD.NUM_CONV", 4),
+        (*CONVS, "MODEL.ROI_BOX_HEAD.NUM_CONV", 3, "MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv"),
+    ),
+    "convs, no AFP": (
+        (*DONOR, *CONVS, "MODEL.ROI_BOX_HEAD.NUM_CONV", 4),
+        (*CONVS, *NO_AFP, "MODEL.ROI_BOX_HEAD.NUM_CONV", 4, "MODEL.ROI_MASK_HEAD.NUM_CONV", 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("donors, ours", [(a, b) for a in HEADS for b in HEADS])
+def test_box_head_of_another_kind_starts_anew(donors, ours):
+    """A layer of the same name and shape has learned to read something else."""
+    donor, model = state(*HEADS[donors][0]), state(*HEADS[ours][1])
+    rows = warm_start(donor, model).rows
+    box = [r for r in rows if (r.target or r.source).startswith("roi_heads.box_")]
+    notes = {(r.action, r.note) for r in box}
+    if donors.split(",")[0] == ours.split(",")[0]:
+        assert {action for action, _ in notes} <= {"carried", "copied"}
+    else:
+        assert notes == {
+            ("initialised", "as for training from scratch"),
+            ("left out", "another kind of box head"),
+        }
+    mask = {r.action for r in rows if (r.target or r.source).startswith("roi_heads.mask_")}
+    assert mask == {"carried", "initialised"} | (set() if "no AFP" in ours else {"copied"})
+
+
+def test_only_copies_are_calibrated(tmp_path):
+    torch.manual_seed(0)
+    donor, cfg = state(*HEADS["convs"][0]), tiny_cfg()
+    torch.save({"model": donor}, tmp_path / "donor.pth")
+    files = [str(tmp_path / name) for name in ("donor.pth", "panet.pth")]
+    inputs = [[image] for image in batch(2)]
+    rows = {r.target: r for r in convert("mask-rcnn", *files, cfg, calibration=inputs).rows}
+    notes = [rows[f"roi_heads.{b}_pooler.adaptation_layers.weight"].note for b in ("box", "mask")]
+    assert notes == ["as for training from scratch", "into every level, calibrated"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ def test_nothing_is_wrong(squares):  # noqa: F811
     assert check_annotations(squares.content) == []
 
 
+def test_an_annotation_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}: "):
+        check_coco(str(tmp_path), str(tmp_path))  # a folder: root may read every file
+
+
 def test_all_are_found_at_once(squares):  # noqa: F811
     squares.annotation(0, bbox=[NAN] * 4, segmentation=rle("hello world"), category_id=7)
     squares.annotation(2, image_id=99)

@@ -191,6 +191,20 @@ def test_broken_records_are_refused(squares, what):
         setup_datasets(squares.config())
 
 
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_ids_of_two_kinds_have_no_order(squares, kind):
+    key = {"images": "image_id", "categories": "category_id"}[kind]
+    changed = squares.content[kind][0]["id"]
+    squares.content[kind][0]["id"] = "first"
+    for annotation in squares.content["annotations"]:
+        if annotation[key] == changed:
+            annotation[key] = "first"
+    [problem] = check_annotations(squares.content)
+    assert (problem.severity, problem.what) == ("error", "ids are partly numbers, partly text")
+    with pytest.raises(DataError, match=f"{squares.json_file}"):
+        setup_datasets(squares.config())
+
+
 def test_category_without_a_name(squares):
     del squares.content["categories"][1]["name"]
     assert brief(check_annotations(squares.content)) == [("error", "category 2", "has no name")]
@@ -202,6 +216,7 @@ def test_category_without_a_name(squares):
     "change, what",
     [
         (dict(id=0), "annotation id is 0"),
+        (dict(id="five"), "annotation id is not a number"),
         (dict(area=None), "has no area"),
         (dict(iscrowd=None), "has no iscrowd"),
     ],

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -116,6 +117,22 @@ def test_what_is_wrong_is_named(source, tmp_path, spoil, message):
         prepare_dsb2018(str(folder), str(tmp_path / "datasets"))
     assert f"{7:064x}" in str(e.value)
     assert not list(tmp_path.glob("datasets/*"))
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_damaged_zip(source, tmp_path, kind):
+    """One byte of one file is another, as after a bad download."""
+    folder, _ = source
+    path = shutil.make_archive(str(tmp_path / "stage1_train"), "zip", folder)
+    with zipfile.ZipFile(path) as archive:
+        info = next(i for i in archive.infolist() if f"/{kind}/" in i.filename and i.file_size)
+    with open(path, "r+b") as f:
+        f.seek(info.header_offset + 30 + len(info.filename) + info.compress_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 0xFF]))
+    with pytest.raises(DataError, match=f"cannot read .*{kind}/"):
+        prepare_dsb2018(path, str(tmp_path / "datasets"))
 
 
 @pytest.mark.parametrize("content", [None, b"no zip"])

@@ -59,7 +59,8 @@ def test_category_ids_need_not_be_contiguous_or_sorted(data):
     metadata = MetadataCatalog.get("squares_train")
     assert metadata.thing_classes == ["class0", "class1", "class2"]
     assert metadata.thing_dataset_id_to_contiguous_id == {10: 0, 20: 1, 30: 2}
-    assert {a["category_id"] for r in DatasetCatalog.get("squares_train") for a in r["annotations"]}
+    records = DatasetCatalog.get("squares_train")
+    assert {a["category_id"] for r in records for a in r["annotations"]} == {0, 1, 2}
 
 
 def test_again_with_other_files(data, tmp_path):
@@ -125,6 +126,41 @@ def with_keypoints(names, edit=None):
 
 NAMES = ["nose", "left_eye", "right_eye"]
 KEYPOINTS = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3)
+
+
+def test_classes_of_all_sets_must_agree(data, tmp_path):
+    """Not their number alone: what one calls its second class the other calls its third."""
+    other = write_coco(tmp_path / "other")[0]
+    with open(other) as f:
+        content = json.load(f)
+    with open(other, "w") as f:
+        json.dump({**content, "categories": with_names(content, "class0 class2 class1")}, f)
+    entries = [list(ENTRY), ["squares_val", "other/instances.json", "other/images"]]
+    opts = ("DATASETS.REGISTER_COCO", entries, "DATASETS.TEST", ["squares_val"])
+    message = "class 2 of 'squares_train' is 'class1', and of 'squares_val' 'class2'"
+    with pytest.raises(ConfigError, match=message):
+        setup_datasets(config(*opts))
+    with open(other, "w") as f:
+        json.dump(content, f)
+    setup_datasets(config(*opts))
+
+
+def test_one_class_may_have_any_name(data, tmp_path):
+    files = [write_coco(tmp_path / name, classes=1)[0] for name in ("first", "second")]
+    with open(files[1]) as f:
+        content = json.load(f)
+    with open(files[1], "w") as f:
+        json.dump({**content, "categories": with_names(content, "cell")}, f)
+    entries = [[n, f"{n}/instances.json", f"{n}/images"] for n in ("first", "second")]
+    cfg = tiny_cfg(
+        *("DATASETS.REGISTER_COCO", entries, "MODEL.ROI_HEADS.NUM_CLASSES", 1),
+        *("DATASETS.TRAIN", ["first"], "DATASETS.TEST", ["second"]),
+    )
+    setup_datasets(cfg)
+
+
+def with_names(content, names):
+    return [{**c, "name": name} for c, name in zip(content["categories"], names.split())]
 
 
 def test_keypoints_from_the_categories(data):

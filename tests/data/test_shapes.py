@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
 
+from panet_d2.data import DataError
 from panet_d2.data.datasets import shapes
 
 
@@ -263,10 +264,17 @@ def test_slower_of_two_processes_takes_what_is_there(cache, monkeypatch):
     assert files and _files(folder) == files
 
 
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PANET_D2_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file.*shapes_v1: .*PANET_D2_CACHE names another folder"):
+        shapes.ensure_shapes()
+
+
 def test_incomplete_folder_is_reported(cache):
     folder = shapes.ensure_shapes()
     os.remove(os.path.join(folder, "annotations", "instances_val.json"))
-    with pytest.raises(FileExistsError, match=r"lacks .*instances_val\.json; delete"):
+    with pytest.raises(DataError, match=r"lacks .*instances_val\.json; delete"):
         shapes.ensure_shapes()
 
 

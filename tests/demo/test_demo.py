@@ -241,6 +241,17 @@ def test_inputs_are_not_overwritten(model, images, tmp_path, capfd, link):
     assert (images / "a.jpg").read_bytes() == before
 
 
+def test_json_of_lvis_counts_from_one(model):
+    """Its categories have no other numbers, and Detectron2's evaluator adds one to them too."""
+    MetadataCatalog.get("like_lvis").set(evaluator_type="lvis", thing_classes=["a", "b"])
+    args = demo.parse([*model, "--input", "x.png", "--opts", "DATASETS.TEST", "('like_lvis',)"])
+    found = Instances((HEIGHT, WIDTH))
+    found.pred_boxes = Boxes(torch.tensor([[10.0, 10, 40, 30]]))
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([1])
+    (result,) = demo.Model(args).results({"instances": found}, 4, "x.png")
+    assert result["category_id"] == 2
+
+
 def test_json_does_not_overwrite_the_config(model, images, capfd):
     before = Path(model[1]).read_bytes()
     assert demo.main([*model, "--input", str(images), "--json", model[1]]) == 2

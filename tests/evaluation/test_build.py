@@ -69,6 +69,20 @@ def test_each_of_several_data_sets_has_its_folder(tmp_path):
     assert inference_folder(cfg, names[0]) == str(tmp_path / "inference")
 
 
+def test_keypoints_need_a_sigma_each(tmp_path):
+    """COCO's evaluation knows those of its own 17."""
+    register_coco_file("evaluated", *write_coco(tmp_path))
+    opts = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5)
+    opts += ("DATASETS.TEST", ["evaluated"])
+    with pytest.raises(ConfigError, match="TEST.KEYPOINT_OKS_SIGMAS has 17 .* must have 5"):
+        check_evaluators(tiny_cfg(*opts))
+    with pytest.raises(ConfigError, match="TEST.KEYPOINT_OKS_SIGMAS has 4 .* must have 5"):
+        check_evaluators(tiny_cfg(*opts, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 4))
+    check_evaluators(tiny_cfg(*opts, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 5))
+    check_evaluators(tiny_cfg(*opts, "MODEL.KEYPOINT_ON", False))
+    check_evaluators(tiny_cfg(*opts, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 17))
+
+
 def test_unknown_type():
     MetadataCatalog.get("some_oddity").evaluator_type = "oddity"
     with pytest.raises(ConfigError, match="'some_oddity'.*'oddity'.*coco, "):

@@ -49,12 +49,17 @@ def test_end_to_end(tmp_path, capsys):
     ]
     assert tool.main(command) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results.keys() == {"donor", *tool.RUNS}
+    assert results.keys() == {"arguments", "donor", *tool.RUNS}
     assert all(list(results[run]["curve"]) == ["1", "2"] for run in tool.RUNS)
     assert "| PANet, warm start, calibrated |" in capsys.readouterr().out
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model_final.pth")}
     assert len(written) == 4
     assert tool.main(command) == 0
+    assert written == {p: p.stat().st_mtime_ns for p in written}
+    capsys.readouterr()
+    assert tool.main([*command, "--steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "steps was 2 there and is 3 now" in error and "another --output" in error
     assert written == {p: p.stat().st_mtime_ns for p in written}
 
 

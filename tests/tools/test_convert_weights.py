@@ -43,6 +43,12 @@ def test_calibration_needs_training_data(donor, capsys):
     assert not (donor / "out.pth").exists()
 
 
+def test_allow_unmatched_is_for_rules(donor, capsys):
+    with pytest.raises(SystemExit):
+        convert(donor, "--allow-unmatched", "x*")
+    assert "--allow-unmatched is for release and mmdet" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind, count", [("release", "2"), ("mask-rcnn", "0")])
 def test_calibration_is_for_warm_starts(kind, count, capsys):
     with pytest.raises(SystemExit):

@@ -23,6 +23,8 @@ __all__ = ["prepare_dsb2018"]
 
 # One image in nine validates; which ones follows from their names alone.
 _VALIDATION_SHARE = 9
+# What Pillow raises for broken images, and zipfile for damaged ones.
+_UNREADABLE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
@@ -117,7 +119,7 @@ def _add(content: dict, index: int, name: str, files: List[str], read, folder: s
     picture, *masks = files
     try:
         image = read(picture).convert("RGB")  # they have an alpha channel that is opaque
-    except (OSError, SyntaxError) as e:
+    except _UNREADABLE as e:
         raise DataError(f"cannot read {picture}: {e}") from e
     image.save(os.path.join(folder, f"{name}.png"))
     width, height = image.size
@@ -127,7 +129,7 @@ def _add(content: dict, index: int, name: str, files: List[str], read, folder: s
     for file in masks:
         try:
             mask = np.array(read(file).convert("L")) > 127
-        except (OSError, SyntaxError) as e:
+        except _UNREADABLE as e:
             raise DataError(f"cannot read {file}: {e}") from e
         if mask.shape != (height, width):
             raise DataError(f"{file} is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}.")

@@ -23,6 +23,8 @@ from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
+from ..check import DataError
+
 __all__ = ["CLASSES", "SPLITS", "ensure_shapes", "register_shapes", "render_image"]
 
 CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross")
@@ -349,18 +351,28 @@ def ensure_shapes(root: str | None = None) -> str:
         annotations ``annotations/instances_<split>.json``, in COCO format with masks in RLE.
 
     Raises:
-        FileExistsError: if the folder is there, but without its annotations.
-        OSError: if the folder cannot be written.
+        DataError: if the folder is there, but without its annotations; or cannot be written.
     """
     folder = _folder(root)
     if os.path.isdir(folder):
         missing = [s for s in SPLITS if not os.path.isfile(_json_file(folder, s))]
         if missing:
-            raise FileExistsError(
+            raise DataError(
                 f"{folder} is incomplete, it lacks {_json_file(folder, missing[0])}; delete the "
                 "folder to have it made anew."
             )
         return folder
+    try:
+        _make(folder)
+    except OSError as e:
+        raise DataError(
+            f"cannot make the shapes data set in {folder}: {e.strerror or e}. The environment "
+            "variable PANET_D2_CACHE names another folder for it."
+        ) from e
+    return folder
+
+
+def _make(folder: str) -> None:
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     _remove_stale(folder)
     # Not by tempfile, whose folders no other user can read.
@@ -379,7 +391,6 @@ def ensure_shapes(root: str | None = None) -> str:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def _load(root: str, split: str, name: str) -> list[dict]:
