@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from statistics import median
 from typing import Callable, Dict, List, Optional
@@ -206,6 +207,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         "--opts", nargs=argparse.REMAINDER, default=[], help="for every run, that of --pretrain too"
     )
     args = parser.parse_args(argv)
+    # As an exception, so that the runs end as well.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if args.quick:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"
         for key, value in QUICK.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from math import isnan
 from os import cpu_count
 from statistics import median
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import IO, Callable, Dict, List, Optional, Sequence, Set
 
 import torch
 from tqdm import tqdm
@@ -34,6 +35,10 @@ __all__ = [
 
 
 _AP = [f"{task}/AP{kind}" for task in ("bbox", "segm") for kind in ("", "50", "75", "s", "m", "l")]
+
+
+# The training runs that this process has started and that have not ended.
+_trainings: Set[subprocess.Popen] = set()
 
 
 class RunFailed(RuntimeError):
@@ -95,6 +100,38 @@ def _check_settings(run: Run, path: str) -> None:
         )
 
 
+def _claim(run: Run, output: str) -> IO:
+    """
+    Make a run that of whoever has the returned file open, and of those that inherit it: two
+    processes would write one folder.
+    """
+    lock = open(os.path.join(output, "run.lock"), "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RunFailed(f"{run.name} is under way in another process, in {output}.") from None
+    return lock
+
+
+def _train(command: Sequence[str], log: str, environment: Dict[str, str], lock: IO) -> int:
+    """Run the command to its end and return its exit status; it inherits the file ``lock``."""
+    with (
+        open(log, "a") as f,
+        subprocess.Popen(
+            command, stdout=f, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
+        ) as training,
+    ):
+        _trainings.add(training)
+        try:
+            return training.wait()
+        except BaseException:
+            training.terminate()
+            raise
+        finally:
+            _trainings.discard(training)
+
+
 def execute(
     run: Run, work: str, results: str, train_net: str, threads: Optional[int] = None
 ) -> None:
@@ -109,31 +146,32 @@ def execute(
         threads (int): of the CPU, that the run may use; None for torch's own choice.
 
     Raises:
-        RunFailed: if training ends with an error, or was begun with other settings.
+        RunFailed: if training ends with an error, was begun with other settings, or is under way in
+            another process.
     """
     output = os.path.join(work, run.name)
     os.makedirs(output, exist_ok=True)
-    begun = os.path.join(output, "run.json")
-    if os.path.isfile(begun):
-        _check_settings(run, begun)
-    else:
-        with atomic_open(begun) as f:
-            json.dump({"settings": run.settings}, f)
-    opts = [*run.opts, "SEED", run.seed, "OUTPUT_DIR", output]
-    command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
-    command += ["--resume", *map(str, opts)]
-    log = os.path.join(output, "console.txt")
-    environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
-    started = time.time()
-    with open(log, "a") as f:
-        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise RunFailed(f"{run.name} ended with {done.returncode}; see {log}.")
-    content = result_of(run, output)
-    content["wall_seconds"] = time.time() - started
-    with atomic_open(result_file(results, run)) as f:
-        json.dump(content, f, indent=1)
-        f.write("\n")
+    with _claim(run, output) as lock:
+        begun = os.path.join(output, "run.json")
+        if os.path.isfile(begun):
+            _check_settings(run, begun)
+        else:
+            with atomic_open(begun) as f:
+                json.dump({"settings": run.settings}, f)
+        opts = [*run.opts, "SEED", run.seed, "OUTPUT_DIR", output]
+        command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
+        command += ["--resume", *map(str, opts)]
+        log = os.path.join(output, "console.txt")
+        environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+        started = time.time()
+        status = _train(command, log, environment, lock)
+        if status:
+            raise RunFailed(f"{run.name} ended with {status}; see {log}.")
+        content = result_of(run, output)
+        content["wall_seconds"] = time.time() - started
+        with atomic_open(result_file(results, run)) as f:
+            json.dump(content, f, indent=1)
+            f.write("\n")
 
 
 def result_of(run: Run, output: str) -> Dict:
@@ -226,10 +264,16 @@ def run_all(
             todo.append(run)
     failures: List[str] = []
     threads = max(1, cpu_count() // jobs) if jobs > 1 else None
+
+    def missing(run: Run) -> None:
+        # Another process may have done it since.
+        if not os.path.isfile(result_file(results, run)):
+            execute(run, work, results, train_net, threads)
+
     # Started with those that are done, so that the time left is that of what is left.
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     with bar, ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(execute, run, work, results, train_net, threads) for run in todo]
+        futures = [pool.submit(missing, run) for run in todo]
         try:
             for future in as_completed(futures):
                 try:
@@ -237,7 +281,10 @@ def run_all(
                 except RunFailed as e:
                     failures.append(str(e))
                 bar.update()
-        except BaseException:  # such as Ctrl-C: leaving the pool would train all the others first
+        except BaseException:  # such as Ctrl-C
+            # Leaving the pool would train all the others first.
             pool.shutdown(wait=False, cancel_futures=True)
+            for training in list(_trainings):
+                training.terminate()
             raise
     return failures

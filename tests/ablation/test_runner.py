@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -9,6 +13,8 @@ import torch
 
 from panet_d2.ablation import runner
 from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, result_of, run_all
+
+from ..common import ROOT
 
 RUN = Run("+mst", 2, "config.yaml", ("A", 1))
 LOG = "Total inference pure compute time: 0:00:13 ({} s / iter per device, on 1 devices)\n"
@@ -26,6 +32,32 @@ def write_output(folder):
     ]
     (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines))
     (folder / "log.txt").write_text(LOG.format("0.5") + LOG.format("0.25"))
+
+
+def write_train_net(folder, *lines):
+    """A program in the place of ``train_net.py``, that works in its own folder."""
+    path = folder / "train_net.py"
+    start = ["import json, os, shutil, sys, time", f"os.chdir({str(folder)!r})"]
+    path.write_text("\n".join([*start, *lines]))
+    return str(path)
+
+
+# Says its process, and ends when it is told to.
+ENDLESS = [
+    "with open('pid.new', 'w') as f:",
+    "    f.write(str(os.getpid()))",
+    "os.rename('pid.new', 'pid')",
+    "while not os.path.exists('end'):",
+    "    time.sleep(0.02)",
+    "sys.exit('ended as told')",
+]
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited for too long"
+        time.sleep(0.02)
 
 
 def test_result_of_a_resumed_run(tmp_path):
@@ -55,22 +87,20 @@ def test_a_model_that_finds_nothing_has_no_ap(tmp_path):
     assert result["results"] == {f"{task}/{k}": 0.0 for task in ("bbox", "segm") for k in kinds}
 
 
-def test_a_run_is_a_training_run(tmp_path, monkeypatch):
-    commands = []
-
-    def train(command, **kwargs):
-        commands.append((command, kwargs["env"]["OMP_NUM_THREADS"]))
-        write_output(tmp_path / "work/+mst_seed2")
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(runner.subprocess, "run", train)
+def test_a_run_is_a_training_run(tmp_path):
+    write_output(tmp_path / "output")
+    train_net = write_train_net(
+        tmp_path,
+        "with open('command.json', 'w') as f:",
+        "    json.dump([sys.argv, os.environ['OMP_NUM_THREADS']], f)",
+        f"shutil.copytree({str(tmp_path / 'output')!r}, sys.argv[-1], dirs_exist_ok=True)",
+    )
     (tmp_path / "results").mkdir()
-    runner.execute(RUN, str(tmp_path / "work"), str(tmp_path / "results"), "train_net.py", 3)
-    ((command, threads),) = commands
+    runner.execute(RUN, str(tmp_path / "work"), str(tmp_path / "results"), train_net, 3)
+    command, threads = json.loads((tmp_path / "command.json").read_text())
     assert threads == "3"
-    rest = command[command.index("train_net.py") :]
-    assert rest[:6] == ["train_net.py", "--config-file", "config.yaml", "--resume", "A", "1"]
-    assert rest[6:] == ["SEED", "2", "OUTPUT_DIR", str(tmp_path / "work/+mst_seed2")]
+    assert command[:6] == [train_net, "--config-file", "config.yaml", "--resume", "A", "1"]
+    assert command[6:] == ["SEED", "2", "OUTPUT_DIR", str(tmp_path / "work/+mst_seed2")]
     written = json.loads((tmp_path / "results/+mst_seed2.json").read_text())
     assert written["results"]["segm/AP"] == 20.0 and written["wall_seconds"] >= 0
     assert len(list((tmp_path / "results").iterdir())) == 1
@@ -96,7 +126,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 
 def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
-    """The signal ends the run that is under way as well, since it goes to both."""
+    """The run that is under way is ended as well."""
     runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(4)]
     started, interrupted = [], threading.Event()
 
@@ -114,6 +144,74 @@ def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute)
     assert started == [0]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_of_the_tool_is_that_of_its_runs(sent, tmp_path):
+    """``kill`` reaches the tool alone; a run that went on would have a second one beside it."""
+    train_net = write_train_net(tmp_path, *ENDLESS)
+    program = (
+        "import sys; from tests.common import load_script; "
+        f"ablation = load_script('tools/ablation.py'); ablation.TRAIN_NET = {train_net!r}; "
+        f"sys.exit(ablation.main(['--quick', '--results', {str(tmp_path / 'results')!r}, "
+        f"'--work', {str(tmp_path / 'work')!r}]))"
+    )
+    tool = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT)
+    try:
+        wait_for((tmp_path / "pid").exists)
+        training = int((tmp_path / "pid").read_text())
+        tool.send_signal(sent)
+        assert tool.wait(60) != 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(training, 0)
+    finally:
+        (tmp_path / "end").touch()
+        tool.kill()
+        tool.wait()
+
+
+def test_a_run_has_one_process(tmp_path):
+    """Also where the tool was killed and what it had started lives on."""
+    train_net = write_train_net(tmp_path, *ENDLESS)
+    arguments = (str(tmp_path), str(tmp_path), train_net)
+    program = (
+        "from panet_d2.ablation import runner; "
+        f"runner.execute(runner.Run('+mst', 2, 'config.yaml', ('A', 1)), *{arguments!r})"
+    )
+    tool = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT)
+    try:
+        wait_for((tmp_path / "pid").exists)
+        with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
+            runner.execute(RUN, *arguments)
+        tool.kill()
+        tool.wait()
+        with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
+            runner.execute(RUN, *arguments)
+    finally:
+        (tmp_path / "end").touch()
+        tool.kill()
+        tool.wait()
+
+    def may_run():
+        try:
+            runner.execute(RUN, *arguments)
+        except RunFailed as e:
+            return "ended with 1" in str(e)
+
+    wait_for(may_run)
+
+
+def test_what_another_process_has_done_meanwhile_is_not_done_again(tmp_path):
+    runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(2)]
+    done = []
+
+    def execute(run, *args):
+        done.append(run.seed)
+        for each in runs:
+            (tmp_path / f"{each.name}.json").write_text(json.dumps({"settings": each.settings}))
+
+    assert run_all(runs, "work", str(tmp_path), "train_net.py", execute=execute) == []
+    assert done == [0]
 
 
 def test_settings_have_no_folders():
