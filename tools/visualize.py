@@ -153,7 +153,7 @@ def _precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     cfg = setup_config(config, [], needed=("TEST",))
     if not cfg.DATASETS.TEST:
         return None
-    name = first_test_set(cfg)
+    name = cfg.DATASETS.TEST[0]
     # The folder may have been moved since.
     found = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
     if not os.path.isfile(found):

@@ -57,9 +57,9 @@ def level_shares(
         none and do not count.
     """
     poolers = {n: p for n, p in adaptive_poolers(_roi_heads(model)).items() if p.fusion == "max"}
-    counts = {n: torch.zeros(len(p.scales), len(p.scales) + 1) for n, p in poolers.items()}
     if not poolers:
         return {}
+    counts = {n: torch.zeros(len(p.scales), len(p.scales) + 1) for n, p in poolers.items()}
     model.eval()
     for batch in inputs:
         images = model.preprocess_image(batch)
@@ -214,7 +214,8 @@ def evaluate_boxes_of(
         dict[str, float]: as of :func:`evaluate_true_boxes`.
 
     Raises:
-        ValueError: if the model predicts no masks, or the other one other classes.
+        ValueError: if the model predicts no masks, or the other one other classes or no boxes of
+            its own.
     """
     _check_masks(model)
     ours, theirs = (getattr(_roi_heads(m), "num_classes", None) for m in (model, other))
