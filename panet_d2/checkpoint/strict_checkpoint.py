@@ -47,6 +47,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **checkpointables)
         self.required = required
+        self._path = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """
@@ -72,6 +73,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                 f"there is no file {path!r}, which MODEL.WEIGHTS or, with --resume, "
                 "last_checkpoint names."
             )
+        self._path = path
         return super().load(path, *args, **kwargs)
 
     def _fetch(self, address: str) -> None:
@@ -111,7 +113,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                 complaints.append(f"{len(names)} {title}: {listed(names)}")
         if complaints:
             raise CheckpointError(
-                "The checkpoint does not fit the model of this config. " + "; ".join(complaints)
+                f"{self._path} does not fit the model of this config. {'; '.join(complaints)}"
             )
         return incompatible
 

@@ -1,4 +1,5 @@
 import pickle
+import re
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def test_loads_what_fits(path):
 
 def test_missing_names_are_listed(path):
     with pytest.raises(CheckpointError, match=r"2 missing from it: extra.*bias|extra.*weight"):
+        StrictCheckpointer(Model(extra=True)).load(path)
+
+
+def test_the_checkpoint_is_named(path):
+    """A program may load several, and a run that was not trained to its end has none of its own."""
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit the model")):
         StrictCheckpointer(Model(extra=True)).load(path)
 
 
