@@ -142,14 +142,15 @@ def _signed(value: float) -> str:
 
 def plot_curves(results: Results, path: str) -> None:
     """
-    Draw mask AP over training, the mean over seeds, for the rungs of the ladder.
+    Draw mask AP over training, the mean over seeds, for the rungs of the ladder; and its last half
+    once more by itself, where they lie close together.
 
     Args:
         results (dict): see :func:`load_results`.
         path (str): the PNG to write.
     """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, (whole, last) = plt.subplots(1, 2, figsize=(11, 4.5))
     for name, rung in GROUPS["ladder"].items():
         if name not in results:
             continue
@@ -157,12 +158,17 @@ def plot_curves(results: Results, path: str) -> None:
         for run in results[name].values():
             for step, ap in run["curve"].items():
                 points[int(step)].append(ap)
-        steps = sorted(points)
-        axis.plot(steps, [mean(points[step]) for step in steps], "-o", ms=3, label=rung.title)
-    axis.set_xlabel("steps")
-    axis.set_ylabel("mask AP, validation")
-    axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
+        means = [(step, mean(points[step])) for step in sorted(points)]
+        whole.plot(*zip(*means), "-o", ms=3, label=rung.title)
+        half = [(step, ap) for step, ap in means if 2 * step >= means[-1][0]]
+        last.plot(*zip(*half), "-o", ms=3)
+    for axis in (whole, last):
+        axis.set_xlabel("steps")
+    whole.set_ylabel("mask AP, validation")
+    whole.set_ylim(bottom=0)
+    last.set_title("the last half", fontsize=10)
+    if whole.has_data():
+        whole.legend(fontsize=8)
     save_figure(figure, path)
 
 

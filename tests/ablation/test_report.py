@@ -3,6 +3,7 @@ from math import nan
 
 import pytest
 
+from panet_d2.ablation import report
 from panet_d2.ablation.report import load_results, plot_curves, plot_differences, table
 from panet_d2.ablation.rungs import RUNGS, overrides
 from panet_d2.ablation.runner import Run
@@ -65,6 +66,18 @@ def test_plots(results, tmp_path):
     plot_curves(results, str(tmp_path / "curves.png"))
     plot_differences(results, str(tmp_path / "differences.png"))
     assert all((tmp_path / f"{n}.png").stat().st_size > 5000 for n in ("curves", "differences"))
+
+
+def test_curves_are_means_and_their_last_half_once_more(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    curves = {1: {"100": 8.0, "200": 20.0, "300": 30.0}, 2: {"100": 10.0, "200": 22.0, "300": 31.0}}
+    runs = {"baseline": {seed: {"curve": curve} for seed, curve in curves.items()}}
+    plot_curves(runs, "curves.png")
+    plot_curves({}, "empty.png")  # no rung of the ladder: no legend, and no warning of it
+    whole, last = (axis.lines for axis in figures[0].axes)
+    assert whole[0].get_xydata().tolist() == [[100, 9], [200, 21], [300, 30.5]]
+    assert last[0].get_xydata().tolist() == [[200, 21], [300, 30.5]]
 
 
 def test_the_whole_is_compared_with_mask_rcnn(tmp_path):
