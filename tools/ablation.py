@@ -27,6 +27,7 @@ from panet_d2.benchmark.timing import interleaved
 from panet_d2.checkpoint import CheckpointError, atomic_open
 from panet_d2.data import DataError
 from panet_d2.engine import setup_config
+from panet_d2.engine.hooks import STOPPED
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 TRAIN_NET = os.path.join(ROOT, "train_net.py")
@@ -208,7 +209,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     args = parser.parse_args(argv)
     # As an exception, so that the runs end as well.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     if args.quick:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"
         for key, value in QUICK.items():

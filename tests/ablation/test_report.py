@@ -74,10 +74,11 @@ def test_curves_are_means_and_their_last_half_once_more(monkeypatch):
     curves = {1: {"100": 8.0, "200": 20.0, "300": 30.0}, 2: {"100": 10.0, "200": 22.0, "300": 31.0}}
     runs = {"baseline": {seed: {"curve": curve} for seed, curve in curves.items()}}
     plot_curves(runs, "curves.png")
-    plot_curves({}, "empty.png")  # no rung of the ladder: no legend, and no warning of it
+    plot_curves({}, "empty.png")
     whole, last = (axis.lines for axis in figures[0].axes)
     assert whole[0].get_xydata().tolist() == [[100, 9], [200, 21], [300, 30.5]]
     assert last[0].get_xydata().tolist() == [[200, 21], [300, 30.5]]
+    assert [bool(figure.axes[0].get_legend()) for figure in figures] == [True, False]
 
 
 def test_the_whole_is_compared_with_mask_rcnn(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 from panet_d2.ablation import runner
 from panet_d2.ablation.runner import Run, RunFailed, pretrained_resnet, result_of, run_all
+from panet_d2.engine.hooks import STOPPED
 
 from ..common import ROOT
 
@@ -146,51 +147,53 @@ def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
     assert started == [0]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_the_end_of_the_tool_is_that_of_its_runs(sent, tmp_path):
+@pytest.fixture
+def start_tool(tmp_path):
+    """Starts a program that trains, and waits for the process that it starts for that."""
+    tools = []
+
+    def start(program):
+        tools.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT))
+        wait_for((tmp_path / "pid").exists)
+        return tools[-1]
+
+    yield start
+    (tmp_path / "end").touch()
+    for tool in tools:
+        tool.kill()
+        tool.wait()
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, STOPPED), (signal.SIGINT, -2)])
+def test_the_end_of_the_tool_is_that_of_its_runs(sent, status, start_tool, tmp_path):
     """``kill`` reaches the tool alone; a run that went on would have a second one beside it."""
     train_net = write_train_net(tmp_path, *ENDLESS)
-    program = (
+    tool = start_tool(
         "import sys; from tests.common import load_script; "
         f"ablation = load_script('tools/ablation.py'); ablation.TRAIN_NET = {train_net!r}; "
         f"sys.exit(ablation.main(['--quick', '--results', {str(tmp_path / 'results')!r}, "
         f"'--work', {str(tmp_path / 'work')!r}]))"
     )
-    tool = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT)
-    try:
-        wait_for((tmp_path / "pid").exists)
-        training = int((tmp_path / "pid").read_text())
-        tool.send_signal(sent)
-        assert tool.wait(60) != 0
-        with pytest.raises(ProcessLookupError):
-            os.kill(training, 0)
-    finally:
-        (tmp_path / "end").touch()
-        tool.kill()
-        tool.wait()
+    training = int((tmp_path / "pid").read_text())
+    tool.send_signal(sent)
+    assert tool.wait(60) == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(training, 0)
 
 
-def test_a_run_has_one_process(tmp_path):
+def test_a_run_has_one_process(start_tool, tmp_path):
     """Also where the tool was killed and what it had started lives on."""
-    train_net = write_train_net(tmp_path, *ENDLESS)
-    arguments = (str(tmp_path), str(tmp_path), train_net)
-    program = (
+    arguments = (str(tmp_path), str(tmp_path), write_train_net(tmp_path, *ENDLESS))
+    tool = start_tool(
         "from panet_d2.ablation import runner; "
         f"runner.execute(runner.Run('+mst', 2, 'config.yaml', ('A', 1)), *{arguments!r})"
     )
-    tool = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT)
-    try:
-        wait_for((tmp_path / "pid").exists)
-        with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
-            runner.execute(RUN, *arguments)
-        tool.kill()
-        tool.wait()
-        with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
-            runner.execute(RUN, *arguments)
-    finally:
-        (tmp_path / "end").touch()
-        tool.kill()
-        tool.wait()
+    with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
+        runner.execute(RUN, *arguments)
+    tool.kill()
+    tool.wait()
+    with pytest.raises(RunFailed, match=r"\+mst_seed2 is .* another process"):
+        runner.execute(RUN, *arguments)
 
     def may_run():
         try:
@@ -198,6 +201,7 @@ def test_a_run_has_one_process(tmp_path):
         except RunFailed as e:
             return "ended with 1" in str(e)
 
+    (tmp_path / "end").touch()
     wait_for(may_run)
 
 
