@@ -5,7 +5,7 @@ Run a trained model on images, a video or a webcam, and show or save what it fin
     python demo/demo.py --config-file X.yaml --input a.jpg folder 'more/*.png' --output pictures \\
         --json results.json --opts MODEL.WEIGHTS model_final.pth
 
-Exit code: 0 if all went well, 1 if some input could not be used, 2 if nothing could be done.
+Exit status: 0 if all went well, 1 if an input could not be used or nothing could be done.
 """
 
 from __future__ import annotations
@@ -30,19 +30,14 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
-from panet_d2.checkpoint import CheckpointError
-from panet_d2.config import ConfigError
-from panet_d2.data import DataError
+from panet_d2 import cli
 from panet_d2.engine import Predictor, setup_config
+from panet_d2.errors import DataError
 
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 # Codecs for each kind of video, best first: which of them work depends on the build of OpenCV.
 VIDEOS = {".mp4": ("mp4v", "avc1"), ".avi": ("MJPG", "XVID"), ".mkv": ("mp4v", "MJPG")}
 WINDOW, NO_KEY, QUIT_KEYS = "panet_d2", 255, (27, ord("q"))  # 27 is Esc
-
-
-class DemoError(ValueError):
-    """Something that the user gave cannot work. The message is one sentence that says what."""
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -121,7 +116,7 @@ class Model:
 
 
 def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Return the images of these paths, and the paths that have none; DemoError if none has."""
+    """Return the images of these paths, and the paths that have none; DataError if none has."""
     images: Dict[str, str] = {}
     empty = []
     for path in map(os.path.expanduser, given):
@@ -132,7 +127,7 @@ def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
         images.update({os.path.abspath(p): p for p in found})
         empty += [] if found else [path]
     if not images:
-        raise DemoError(f"no image found in {', '.join(empty)}")
+        raise DataError(f"no image found in {', '.join(empty)}")
     for path in empty:
         say(f"no image found in {path}")
     return list(images.values()), empty
@@ -151,49 +146,49 @@ def read_images(paths: Sequence[str], failed: List[str]) -> Iterator[Tuple[str, 
 
 
 def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Tuple[int, str, np.ndarray]]:
-    """Yield (image_id, file name, BGR image); raise DemoError if there is no frame."""
+    """Yield (image_id, file name, BGR image); raise DataError if there is no frame."""
     index, (there_is_one, frame) = 0, capture.read()
     if not there_is_one:
-        raise DemoError(f"no frame can be read from {name}")
+        raise DataError(f"no frame can be read from {name}")
     while there_is_one:
         yield index, name, frame
         index, (there_is_one, frame) = index + 1, capture.read()
 
 
 def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
-    """Begin a video of pictures of this size; raise DemoError if no codec can."""
+    """Begin a video of pictures of this size; raise DataError if no codec can."""
     codecs = VIDEOS[Path(file).suffix.lower()]
     for codec in codecs:
         writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*codec), fps, picture.shape[1::-1])
         if writer.isOpened():
             return writer
-    raise DemoError(f"OpenCV cannot write the video {file} (codecs tried: {', '.join(codecs)})")
+    raise DataError(f"OpenCV cannot write the video {file} (codecs tried: {', '.join(codecs)})")
 
 
 def output_files(names: Sequence[str], output: str, endings: Sequence[str]) -> Dict[str, str]:
     """
     Return the output file of each of ``names``: ``output`` or a file in it. It has one of these
-    endings, by default the first. Raise DemoError if not each can have one of its own.
+    endings, by default the first. Raise DataError if not each can have one of its own.
     """
     if os.path.isdir(output) or output.endswith(("/", os.sep)) or not Path(output).suffix:
         files = [os.path.join(output, os.path.basename(name)) for name in names]
         files = [f if f.lower().endswith(tuple(endings)) else f + endings[0] for f in files]
         if len(set(files)) < len(files):
-            raise DemoError(f"several images would be saved as {max(files, key=files.count)}")
+            raise DataError(f"several images would be saved as {max(files, key=files.count)}")
         return dict(zip(names, files))
     if not output.lower().endswith(tuple(endings)):
-        raise DemoError(f"--output {output} must be a folder or end in {', '.join(endings)}")
+        raise DataError(f"--output {output} must be a folder or end in {', '.join(endings)}")
     if len(names) > 1:
-        raise DemoError(f"--output {output} is one file, but there are {len(names)} images")
+        raise DataError(f"--output {output} is one file, but there are {len(names)} images")
     return {names[0]: output}
 
 
 def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
-    """Make the folders of these files; raise DemoError if that would overwrite one to keep."""
+    """Make the folders of these files; raise DataError if that would overwrite one to keep."""
     kept = {os.path.realpath(path) for path in keep}
     for file in files:
         if os.path.isdir(file) or os.path.realpath(file) in kept:
-            raise DemoError(f"{file} is a folder or an input, and will not be overwritten")
+            raise DataError(f"{file} is a folder or an input, and will not be overwritten")
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
 
 
@@ -209,13 +204,13 @@ def write_json(file: str, content: Any) -> None:
 
 
 def check_display() -> None:
-    """Raise DemoError if no window can be opened."""
+    """Raise DataError if no window can be opened."""
     # Tried in another process, because Qt, which OpenCV may use, ends a process that it fails in.
     code = "import cv2; cv2.namedWindow('w'); cv2.destroyAllWindows()"
     try:
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
     except subprocess.SubprocessError as e:
-        raise DemoError("no window can be opened here; save to files with --output") from e
+        raise DataError("no window can be opened here; save to files with --output") from e
 
 
 def show(picture: np.ndarray, delay: int) -> bool:
@@ -229,7 +224,7 @@ def show(picture: np.ndarray, delay: int) -> bool:
             return True
 
 
-def run(args: argparse.Namespace) -> int:
+def predict(args: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code, or raise what :func:`main` reports."""
     failed: List[str] = []
     if args.input:
@@ -239,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
         names = [args.video_input or f"webcam-{args.webcam}"]
         capture = cv2.VideoCapture(args.video_input or args.webcam)
         if not capture.isOpened():
-            raise DemoError(f"cannot open {names[0]} as a video")
+            raise DataError(f"cannot open {names[0]} as a video")
         items, endings = read_frames(capture, names[0]), tuple(VIDEOS)
         total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # webcams have none
         fps = capture.get(cv2.CAP_PROP_FPS)
@@ -289,15 +284,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         SystemExit: if argparse does not understand the command line; its code is 2.
     """
     args = parse(argv)
-    try:
-        return run(args)
-    except (DemoError, ConfigError, CheckpointError, DataError, OSError) as e:
-        say(f"error: {e}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    return predict(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,7 +1,15 @@
 """PANet (Liu et al., CVPR 2018) for Detectron2. Importing it registers everything."""
 
-from . import data  # noqa: F401  (registers the embedded data set)
-from .config import ConfigError, add_panet_config
+from . import data  # noqa: F401  (registers the embedded dataset)
+from .config import add_panet_config
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ExportError,
+    PanetError,
+    TrainingDiverged,
+)
 from .modeling import (
     PAFPN,
     AdaptiveROIPooler,
@@ -14,10 +22,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveROIPooler",
+    "CheckpointError",
     "ConfigError",
+    "DataError",
+    "ExportError",
     "PAFPN",
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "PanetError",
+    "TrainingDiverged",
     "add_panet_config",
 ]

@@ -6,13 +6,9 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode as CN
 
-from .errors import UserError
+from .errors import ConfigError
 
-__all__ = ["ConfigError", "add_panet_config", "checked"]
-
-
-class ConfigError(UserError):
-    """A config value that cannot work. The message names the key and what it accepts."""
+__all__ = ["add_panet_config", "read_choice"]
 
 
 def _afp_node() -> CN:
@@ -102,7 +98,8 @@ def add_panet_config(cfg: CN) -> None:
     # for each, so that they need no padding (but for what they differ in shape). GroupNorm's
     # statistics in the neck are of the padded map, and at inference one image has no padding.
     # Read by panet_d2.engine.Trainer.
-    _C.INPUT.MIN_SIZE_TRAIN_PER_BATCH = False
+    _C.INPUT.SAME_SIZE_PER_BATCH = False
+    _C.register_renamed_key("INPUT.MIN_SIZE_TRAIN_PER_BATCH", "INPUT.SAME_SIZE_PER_BATCH")
 
     # ---------------------------------------------------------------------------------------- #
     # Solver
@@ -110,11 +107,11 @@ def add_panet_config(cfg: CN) -> None:
     # "SGD" (Detectron2's and the paper's) or "ADAMW", which gets much further in the few hundred
     # steps that a model trained from scratch on a CPU has. Behind the box head of four convs its
     # steps are large for the fc layer: with a SOLVER.WARMUP_ITERS of some hundred most units live
-    # (docs/ablation.md). Read by panet_d2.engine.Trainer.
+    # (experiments/results/ablation/README.md). Read by panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
 
 
-def checked(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
+def read_choice(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
     """
     Read one config value that must be one of a few.
 

@@ -1,19 +1,46 @@
-"""What the package's errors for people have in common."""
+"""Errors that a user can fix. Each message is one sentence that names the key or the file."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "PanetError",
+    "TrainingDiverged",
+]
 
 
-class UserError(ValueError):
-    """Something that the user can mend. The message says in one sentence what is wrong."""
+class PanetError(Exception):
+    """Base of all errors that a user can fix."""
 
     def __init__(self, message: str = ""):
         """
         Args:
-            message (str): the sentence. A data loader's worker hands on its errors with the whole
-                traceback in their text; of that the sentence is kept.
+            message (str): the sentence. A data loader's worker passes on its errors with the whole
+                traceback in the message; only the sentence is kept.
         """
         if message.startswith("Caught ") and "\nOriginal Traceback" in message:
             message = message.rpartition(f".{type(self).__name__}: ")[2].rstrip()
         super().__init__(message)
+
+
+class ConfigError(PanetError, ValueError):
+    """A config value that cannot work. The message names the key and what it accepts."""
+
+
+class DataError(PanetError, ValueError):
+    """A dataset, an image or another input that cannot be used. The message names the file."""
+
+
+class CheckpointError(PanetError, ValueError):
+    """A checkpoint that cannot be used for this model. The message says why."""
+
+
+class ExportError(PanetError, RuntimeError):
+    """A model that cannot be exported, or whose export differs from the model."""
+
+
+class TrainingDiverged(PanetError, FloatingPointError):
+    """A loss is NaN or infinite. The message has the step, the losses and the images."""

@@ -4,8 +4,9 @@ import sys
 import pytest
 from detectron2.config import get_cfg
 
-from panet_d2 import ConfigError, add_panet_config
-from panet_d2.config import checked
+from panet_d2 import add_panet_config
+from panet_d2.config import read_choice
+from panet_d2.errors import ConfigError
 
 from .common import ROOT, leaves
 
@@ -36,9 +37,9 @@ def test_heads_do_not_share_a_node():
 
 def test_checked():
     cfg = get_cfg()
-    assert checked(cfg, "MODEL.FPN.FUSE_TYPE", ["sum", "avg"]) == "sum"
+    assert read_choice(cfg, "MODEL.FPN.FUSE_TYPE", ["sum", "avg"]) == "sum"
     with pytest.raises(ConfigError, match=r"MODEL.FPN.FUSE_TYPE is 'sum'.*one of 'avg', 'max'"):
-        checked(cfg, "MODEL.FPN.FUSE_TYPE", ["avg", "max"])
+        read_choice(cfg, "MODEL.FPN.FUSE_TYPE", ["avg", "max"])
 
 
 def test_importing_the_package_registers_everything():

@@ -14,7 +14,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
-from panet_d2 import model_zoo
+from panet_d2 import cli, model_zoo
 
 from .common import ROOT, load_script, write_coco
 
@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 
 def train_net(folder, *args):
-    return tool.main(["--config-file", str(folder / "tiny.py"), *args])
+    return cli.run(tool.main, ["--config-file", str(folder / "tiny.py"), *args])
 
 
 def metrics(run):
@@ -208,5 +208,5 @@ def test_mistakes_are_one_sentence(folder, args, message, capsys):
 
 
 def test_file_that_is_not_there(capsys):
-    assert tool.main(["--config-file", "configs/none.py"]) == 1
+    assert cli.run(tool.main, ["--config-file", "configs/none.py"]) == 1
     assert "configs/none.py" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
 Find everything that is wrong with data sets in COCO format: in the annotations, and in the images,
-all of which are read. Ends with 0 if nothing is, 1 if something is, 2 if it cannot be told.
+all of which are read. Ends with 0 if nothing is, 1 if something is or if it cannot be told.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import List, NamedTuple, Optional
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from panet_d2 import ConfigError
-from panet_d2.data import DataError, Problem, check_coco
+from panet_d2 import cli
+from panet_d2.data import Problem, check_coco
 from panet_d2.data.register import coco_entries, find_coco_files
 from panet_d2.engine import read_config
+from panet_d2.errors import ConfigError
 
 
 class Source(NamedTuple):
@@ -102,24 +103,20 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error("--opts needs --config-file")
     if args.workers is not None and args.workers < 1:
         parser.error("--workers must be at least 1")
-    try:
-        if args.config_file:
-            found = sources(read_config(args.config_file, args.opts))
-        else:
-            found = [Source(args.annotations, args.annotations, args.images)]
-        results = []
-        for source in found:
-            problems = check_coco(*source[1:], workers=args.workers)
-            results.append((source, problems))
-            if not args.json:
-                print_report(source, problems)
-    except (ConfigError, DataError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if args.config_file:
+        found = sources(read_config(args.config_file, args.opts))
+    else:
+        found = [Source(args.annotations, args.annotations, args.images)]
+    results = []
+    for source in found:
+        problems = check_coco(*source[1:], workers=args.workers)
+        results.append((source, problems))
+        if not args.json:
+            print_report(source, problems)
     if args.json:
         print(json.dumps({"datasets": [report(*result) for result in results]}, indent=2))
     return int(any(problems for _, problems in results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -8,10 +8,9 @@ import os
 import sys
 from typing import List, Optional
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
+from panet_d2 import cli
 from panet_d2.checkpoint.convert import KINDS, convert
-from panet_d2.data import DataError, build_training_sample_loader
+from panet_d2.data import build_training_sample_loader
 from panet_d2.engine import setup_config
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs")
@@ -22,7 +21,7 @@ DEFAULT_CONFIGS = {
 }
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS, help="where the checkpoint comes from")
     parser.add_argument("input", metavar="IN", help="the checkpoint to read")
@@ -48,17 +47,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.allow_unmatched and args.kind == "mask-rcnn":
         parser.error("--allow-unmatched is for release and mmdet, whose names have rules")
     config_file = args.config_file or os.path.join(CONFIGS, DEFAULT_CONFIGS[args.kind])
-    try:
-        cfg = setup_config(config_file, args.opts, needed=("TRAIN",) if args.calibrate else ())
-        images = build_training_sample_loader(cfg, args.calibrate) if args.calibrate else None
-        result = convert(args.kind, args.input, args.output, cfg, args.allow_unmatched, images)
-    except (CheckpointError, ConfigError, DataError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    cfg = setup_config(config_file, args.opts, needed=("TRAIN",) if args.calibrate else ())
+    images = build_training_sample_loader(cfg, args.calibrate) if args.calibrate else None
+    result = convert(args.kind, args.input, args.output, cfg, args.allow_unmatched, images)
     print(result.report())
     print(f"written: {args.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

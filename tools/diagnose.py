@@ -15,9 +15,8 @@ from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
 from tqdm import tqdm
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError, NamedImageMapper, first_test_set, spread_evenly
+from panet_d2 import cli
+from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.evaluation import (
     dead_units,
@@ -32,7 +31,7 @@ def print_ap(ap: Dict[str, float]) -> None:
     print("  ".join(f"{key} {ap[key]:.1f}" for key in keys))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config.yaml of a run")
     parser.add_argument("--number", type=int, default=12, help="of images whose proposals count")
@@ -43,37 +42,32 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
-    try:
-        cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-        name = first_test_set(cfg)
-        model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
-        records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
-        inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
-        for head, dead in dead_units(model, inputs).items():
-            print(
-                f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
-                f"all proposals of {len(records)} images of {name}"
-            )
-        print(f"objects of {name} that are overlapped by half, in percent: by a proposal, then by")
-        print("what is detected, with its box, its mask, and with the right class as well")
-        stages = detection_stages(cfg, model, name)
-        rows = [
-            [stage, *(f"{v:.1f}" if v == v else "-" for v in shares.values())]
-            for stage, shares in stages.items()
-        ]
-        print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
-        if cfg.MODEL.MASK_ON:
-            print(f"mask AP with the boxes and classes of the truth, all of {name}:")
-            print_ap(evaluate_true_boxes(cfg, model, name))
-        if args.boxes_of:
-            other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
-            print(f"mask AP with what {args.boxes_of} detects:")
-            print_ap(evaluate_boxes_of(cfg, model, other, name))
-    except (CheckpointError, ConfigError, DataError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+    name = first_test_set(cfg)
+    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
+    records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
+    inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
+    for head, dead in dead_units(model, inputs).items():
+        print(
+            f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
+            f"all proposals of {len(records)} images of {name}"
+        )
+    print(f"objects of {name} that are overlapped by half, in percent: by a proposal, then by")
+    print("what is detected, with its box, its mask, and with the right class as well")
+    stages = detection_stages(cfg, model, name)
+    rows = [
+        [stage, *(f"{v:.1f}" if v == v else "-" for v in shares.values())]
+        for stage, shares in stages.items()
+    ]
+    print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
+    if cfg.MODEL.MASK_ON:
+        print(f"mask AP with the boxes and classes of the truth, all of {name}:")
+        print_ap(evaluate_true_boxes(cfg, model, name))
+    if args.boxes_of:
+        other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
+        print(f"mask AP with what {args.boxes_of} detects:")
+        print_ap(evaluate_boxes_of(cfg, model, other, name))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -10,22 +10,14 @@ from typing import List, Optional
 
 from detectron2.modeling import build_model
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError
-from panet_d2.engine import load_for_inference, setup_config
-from panet_d2.export import (
-    FORMATS,
-    ExportError,
-    check_exportable,
-    export_model,
-    sample_images,
-)
+from panet_d2 import cli
+from panet_d2.engine import load_strict, setup_config
+from panet_d2.export import FORMATS, check_exportable, export_model, sample_images
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="the model's config")
     parser.add_argument(
@@ -48,23 +40,18 @@ def main(argv: Optional[List[str]] = None) -> int:
         help="config overrides, such as MODEL.WEIGHTS model_final.pth",
     )
     args = parser.parse_args(argv)
-    try:
-        cfg = setup_config(args.config_file, args.opts, needed=() if args.images else ("TEST",))
-        check_exportable(cfg, args.format)
-        cfg.MODEL.DEVICE = "cpu"
-        model = build_model(cfg)
-        load_for_inference(model, cfg.MODEL.WEIGHTS)
-        images = sample_images(cfg, args.images)
-        os.makedirs(args.output, exist_ok=True)
-        for name in args.format:
-            path = os.path.join(args.output, FILES[name])
-            agreement = export_model(model, images, path, name)
-            print(f"written: {path}\nchecked: {agreement}")
-    except (CheckpointError, ConfigError, DataError, ExportError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    cfg = setup_config(args.config_file, args.opts, needed=() if args.images else ("TEST",))
+    check_exportable(cfg, args.format)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    load_strict(model, cfg.MODEL.WEIGHTS)
+    images = sample_images(cfg, args.images)
+    os.makedirs(args.output, exist_ok=True)
+    for name in args.format:
+        path = os.path.join(args.output, FILES[name])
+        agreement = export_model(model, images, path, name)
+        print(f"written: {path}\nchecked: {agreement}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

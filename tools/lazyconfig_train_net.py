@@ -27,9 +27,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch import nn
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError, RunCheckpointer, StrictCheckpointer
-from panet_d2.engine import EXPECTED_ERRORS, latest_checkpoint, launch, load_for_inference
+from panet_d2 import cli
+from panet_d2.checkpoint import RunCheckpointer, StrictCheckpointer
+from panet_d2.engine import latest_checkpoint, launch, load_strict
+from panet_d2.errors import CheckpointError, ConfigError, PanetError
 
 logger = logging.getLogger("panet_d2")
 
@@ -110,7 +111,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     trainer.train(start_iter, cfg.train.max_iter)
 
 
-def run(args: argparse.Namespace) -> None:
+def train_or_evaluate(args: argparse.Namespace) -> None:
     cfg = setup(args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if not args.eval_only:
@@ -118,18 +119,14 @@ def run(args: argparse.Namespace) -> None:
     resumed = latest_checkpoint(cfg.train.output_dir) if args.resume else None
     if not (resumed or cfg.train.init_checkpoint):
         raise CheckpointError("train.init_checkpoint is empty; it must name a trained checkpoint.")
-    load_for_inference(model, resumed or cfg.train.init_checkpoint)
+    load_strict(model, resumed or cfg.train.init_checkpoint)
     evaluate(cfg, model)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = default_argument_parser().parse_args(argv)
-    try:
-        launch(run, args)
-    except EXPECTED_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    # Not OSError, which a user's own augmentation or evaluator may raise.
+    return cli.run(launch, train_or_evaluate, args, errors=(PanetError,))
 
 
 if __name__ == "__main__":

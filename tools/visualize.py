@@ -20,10 +20,10 @@ from detectron2.structures import BoxMode
 from tabulate import tabulate
 from tqdm import tqdm
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
-from panet_d2.data import DataError, NamedImageMapper, first_test_set, spread_evenly
+from panet_d2 import cli
+from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
+from panet_d2.errors import ConfigError, DataError
 from panet_d2.evaluation import (
     annotation_mask,
     average_precision,
@@ -217,12 +217,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     sub.add_argument("--output", required=True, help="folder for the pictures")
     sub.set_defaults(run=curves)
     args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except (CheckpointError, ConfigError, DataError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return args.run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,4 +1,4 @@
 from .atomic import atomic_open
-from .strict_checkpoint import CheckpointError, RunCheckpointer, StrictCheckpointer
+from .strict_checkpoint import RunCheckpointer, StrictCheckpointer
 
-__all__ = ["CheckpointError", "RunCheckpointer", "StrictCheckpointer", "atomic_open"]
+__all__ = ["RunCheckpointer", "StrictCheckpointer", "atomic_open"]

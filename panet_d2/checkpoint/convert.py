@@ -8,13 +8,13 @@ from typing import Iterable, List, Optional, Sequence
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from ..errors import CheckpointError
 from .calibration import calibrate
-from .conversion import Conversion, apply_rules, save_whole
 from .mask_rcnn import warm_start
 from .mmdet import mmdet_rules
 from .release import release_may_initialise, release_rules
+from .rules import Conversion, apply_rules, save_whole
 from .safe_load import load_untrusted, model_weights
-from .strict_checkpoint import CheckpointError
 
 __all__ = ["KINDS", "convert"]
 

@@ -7,8 +7,8 @@ from typing import Dict, Optional, Tuple
 
 import torch
 
-from .conversion import Conversion, Tensors
-from .strict_checkpoint import CheckpointError
+from ..errors import CheckpointError
+from .rules import Conversion, Tensors
 
 __all__ = ["warm_start"]
 

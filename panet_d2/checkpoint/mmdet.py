@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List
 
-from .conversion import Rule
+from .rules import Rule
 
 __all__ = ["mmdet_rules"]
 

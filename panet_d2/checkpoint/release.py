@@ -7,7 +7,7 @@ from typing import Callable, List, Optional
 
 import torch
 
-from .conversion import Rule
+from .rules import Rule
 
 __all__ = ["release_may_initialise", "release_rules"]
 

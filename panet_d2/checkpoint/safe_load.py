@@ -9,7 +9,7 @@ from typing import Any, Dict, Mapping
 import numpy as np
 import torch
 
-from .strict_checkpoint import CheckpointError
+from ..errors import CheckpointError
 
 __all__ = ["load_untrusted", "model_weights"]
 

@@ -8,16 +8,12 @@ from urllib.parse import urlparse
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..errors import UserError
+from ..errors import CheckpointError
 from .atomic import AtomicPathManager
 
-__all__ = ["CheckpointError", "RunCheckpointer", "StrictCheckpointer", "listed"]
+__all__ = ["RunCheckpointer", "StrictCheckpointer", "join_names"]
 
 _NAMES_SHOWN = 20
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used for this model. The message says why."""
 
 
 class StrictCheckpointer(DetectionCheckpointer):
@@ -110,7 +106,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         ):
             names = [n for n in names if self._matters(n, title)]
             if names:
-                complaints.append(f"{len(names)} {title}: {listed(names)}")
+                complaints.append(f"{len(names)} {title}: {join_names(names)}")
         if complaints:
             raise CheckpointError(
                 f"{self._path} does not fit the model of this config. {'; '.join(complaints)}"
@@ -160,7 +156,7 @@ class RunCheckpointer(DetectionCheckpointer):
             ) from e
 
 
-def listed(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
+def join_names(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
     """
     Args:
         names (sequence[str]): names of tensors, for an error.

@@ -1,6 +1,5 @@
 from .build import build_training_sample_loader, first_test_set, spread_evenly
 from .check import (
-    DataError,
     Problem,
     check_annotations,
     check_coco,
@@ -12,7 +11,6 @@ from .datasets import register_shapes
 from .register import register_coco_file, setup_datasets
 
 __all__ = [
-    "DataError",
     "NamedImageMapper",
     "Problem",
     "build_training_sample_loader",

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.data.transforms import ResizeShortestEdge
 from fvcore.transforms.transform import Transform
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 __all__ = ["ResizeShortestEdgePerBatch", "images_of_batch"]
 
@@ -53,7 +53,7 @@ class ResizeShortestEdgePerBatch(ResizeShortestEdge):
         entropy = _batch.get()
         if entropy is None:
             raise ConfigError(
-                "INPUT.MIN_SIZE_TRAIN_PER_BATCH is True; it must be False where the loader is "
+                "INPUT.SAME_SIZE_PER_BATCH is True; it must be False where the loader is "
                 "not that of panet_d2.engine.Trainer, which says what images make a batch."
             )
         # The parent draws from NumPy's generator, where the image's own numbers come from.

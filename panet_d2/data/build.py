@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from torch.utils.data import DataLoader
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .dataset_mapper import NamedImageMapper
 
 __all__ = ["build_training_sample_loader", "first_test_set", "spread_evenly"]

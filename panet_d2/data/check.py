@@ -17,12 +17,11 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from ..config import checked
-from ..errors import UserError
+from ..config import read_choice
+from ..errors import DataError
 from .check_annotations import Problem, check_annotations
 
 __all__ = [
-    "DataError",
     "Problem",
     "check_annotations",
     "check_coco",
@@ -33,10 +32,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("panet_d2")
-
-
-class DataError(UserError):
-    """A data set or an image that cannot be used. The message names the file."""
 
 
 def read_coco(json_file: str) -> dict:
@@ -181,7 +176,7 @@ def check_training_images(cfg: CfgNode) -> None:
     Raises:
         DataError: naming the images that cannot be used.
     """
-    if not checked(cfg, "DATASETS.CHECK_IMAGES", (True, False)):
+    if not read_choice(cfg, "DATASETS.CHECK_IMAGES", (True, False)):
         return
     listed = {entry[0] for entry in cfg.DATASETS.REGISTER_COCO}
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):

@@ -14,9 +14,9 @@ from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import ResizeShortestEdge, TransformList
 from torch.utils.data import get_worker_info
 
-from ..config import ConfigError, checked
+from ..config import read_choice
+from ..errors import ConfigError, DataError
 from .augmentation import ResizeShortestEdgePerBatch
-from .check import DataError
 
 __all__ = ["NamedImageMapper"]
 
@@ -48,7 +48,7 @@ class NamedImageMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
         ret = super().from_config(cfg, is_train)
-        if is_train and checked(cfg, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", (True, False)):
+        if is_train and read_choice(cfg, "INPUT.SAME_SIZE_PER_BATCH", (True, False)):
             ret["augmentations"] = [
                 ResizeShortestEdgePerBatch(
                     cfg.INPUT.MIN_SIZE_TRAIN,

@@ -12,10 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from ..config import ConfigError
-from .check import DataError, check_annotations, read_coco, refuse_errors
+from ..errors import ConfigError, DataError
+from .check import check_annotations, read_coco, refuse_errors
 
-__all__ = ["DataError", "coco_entries", "find_coco_files", "register_coco_file", "setup_datasets"]
+__all__ = ["coco_entries", "find_coco_files", "register_coco_file", "setup_datasets"]
 
 logger = logging.getLogger("panet_d2")
 

@@ -18,7 +18,8 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from torch.utils.data import Dataset, Sampler
 
-from ..config import ConfigError, checked
+from ..config import read_choice
+from ..errors import ConfigError
 from .augmentation import images_of_batch
 
 __all__ = ["StreamSampler", "build_train_loader", "seed_all", "seeded"]
@@ -164,7 +165,7 @@ def build_train_loader(
     Args:
         cfg (CfgNode): the config of the run. Where ``SEED`` is negative, ``start`` is of no
             consequence, and this is Detectron2's loader, unless the images of a batch share their
-            size (``INPUT.MIN_SIZE_TRAIN_PER_BATCH``).
+            size (``INPUT.SAME_SIZE_PER_BATCH``).
         mapper (callable): makes what the model accepts of an image in Detectron2's dataset format.
         start (int): batches to leave out.
 
@@ -181,7 +182,7 @@ def build_train_loader(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
             f"number of processes, which is {processes}."
         )
-    seed, same_size = cfg.SEED, checked(cfg, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", (True, False))
+    seed, same_size = cfg.SEED, read_choice(cfg, "INPUT.SAME_SIZE_PER_BATCH", (True, False))
     if seed < 0:
         if not same_size:
             return build_detection_train_loader(cfg, mapper=mapper)
@@ -191,7 +192,7 @@ def build_train_loader(
     dicts, workers = args["dataset"], args["num_workers"]
     grouped = args["aspect_ratio_grouping"]
     if grouped and not all("width" in d and "height" in d for d in dicts):
-        other = f"SEED {cfg.SEED}" if cfg.SEED >= 0 else "INPUT.MIN_SIZE_TRAIN_PER_BATCH True"
+        other = f"SEED {cfg.SEED}" if cfg.SEED >= 0 else "INPUT.SAME_SIZE_PER_BATCH True"
         raise ConfigError(
             f"DATALOADER.ASPECT_RATIO_GROUPING is True and {other}, but DATASETS.TRAIN has images "
             "that are registered without width and height; give them these, or do without one of "

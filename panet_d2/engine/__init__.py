@@ -1,22 +1,20 @@
 from .defaults import (
     Predictor,
     latest_checkpoint,
-    load_for_inference,
     load_run,
+    load_strict,
     read_config,
     setup_config,
 )
-from .launch import EXPECTED_ERRORS, launch
-from .trainer import Trainer, TrainingDiverged
+from .launch import launch
+from .trainer import Trainer
 
 __all__ = [
-    "EXPECTED_ERRORS",
     "Predictor",
     "Trainer",
-    "TrainingDiverged",
     "latest_checkpoint",
     "launch",
-    "load_for_inference",
+    "load_strict",
     "load_run",
     "read_config",
     "setup_config",

@@ -15,13 +15,14 @@ from torch import nn
 from yaml import YAMLError
 
 from ..checkpoint import StrictCheckpointer
-from ..config import ConfigError, add_panet_config
+from ..config import add_panet_config
 from ..data import setup_datasets
+from ..errors import ConfigError
 
 __all__ = [
     "Predictor",
     "latest_checkpoint",
-    "load_for_inference",
+    "load_strict",
     "load_run",
     "read_config",
     "setup_config",
@@ -107,7 +108,7 @@ def _check_roi_heads(cfg: CfgNode) -> None:
             )
 
 
-def load_for_inference(model: nn.Module, weights: str) -> None:
+def load_strict(model: nn.Module, weights: str) -> None:
     """
     Load a checkpoint that must fit the model in every name and shape.
 
@@ -132,12 +133,12 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
         with ``MODEL.WEIGHTS`` where ``opts`` has it, or where ``OUTPUT_DIR`` has no such weights.
 
     Raises:
-        CheckpointError: see :func:`load_for_inference`.
+        CheckpointError: see :func:`load_strict`.
     """
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     ended = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
     model = build_model(cfg).eval()
-    load_for_inference(model, final if ended else cfg.MODEL.WEIGHTS)
+    load_strict(model, final if ended else cfg.MODEL.WEIGHTS)
     return model
 
 
@@ -153,7 +154,7 @@ class Predictor(DefaultPredictor):
             cfg (CfgNode): the config of the model; ``MODEL.WEIGHTS`` names its checkpoint.
 
         Raises:
-            CheckpointError: see :func:`load_for_inference`.
+            CheckpointError: see :func:`load_strict`.
             ConfigError: if a value cannot work.
         """
         without_weights = cfg.clone()
@@ -161,7 +162,7 @@ class Predictor(DefaultPredictor):
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
         self.cfg = cfg.clone()
-        load_for_inference(self.model, cfg.MODEL.WEIGHTS)
+        load_strict(self.model, cfg.MODEL.WEIGHTS)
 
 
 def latest_checkpoint(output_dir: str) -> Optional[str]:

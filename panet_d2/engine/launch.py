@@ -17,18 +17,11 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-from ..checkpoint import CheckpointError
-from ..config import ConfigError
-from ..data import DataError
+from ..cli import FAILED, run
+from ..errors import PanetError
 from .hooks import STOPPED
-from .trainer import TrainingDiverged
 
-__all__ = ["EXPECTED_ERRORS", "launch"]
-
-# What says in one sentence what is wrong.
-EXPECTED_ERRORS = (ConfigError, CheckpointError, DataError, TrainingDiverged)
-
-_FAILED = 1  # what Python makes of sys.exit with a text
+__all__ = ["launch"]
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -43,7 +36,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
     Raises:
         SystemExit: if training was stopped by SIGTERM; or if one of several processes has ended
-            with one of :data:`EXPECTED_ERRORS`, which it has printed.
+            with an error that the user can fix, which it has printed.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _in_torchrun(main, args)
@@ -62,7 +55,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             args=(args,),
         )
     except ProcessExitedException as e:
-        if e.exit_code not in (STOPPED, _FAILED):
+        if e.exit_code not in (STOPPED, FAILED):
             raise
         sys.exit(e.exit_code)
 
@@ -82,12 +75,15 @@ def _in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Names
         dist.destroy_process_group()
 
 
-def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """What the parent would print with the tracebacks of both."""
-    try:
-        return main(args)
-    except EXPECTED_ERRORS as e:
-        sys.exit(f"error: {e}")
+def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Print one sentence here, where the parent would print two tracebacks."""
+
+    def child() -> None:
+        main(args)
+
+    status = run(child, errors=(PanetError,))
+    if status:
+        sys.exit(status)
 
 
 def _pass_on(signum: int, frame: Any) -> None:

@@ -28,24 +28,21 @@ from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 
 from ..checkpoint import RunCheckpointer, StrictCheckpointer
-from ..config import ConfigError, checked
+from ..config import read_choice
 from ..data import NamedImageMapper
 from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
+from ..errors import ConfigError, TrainingDiverged
 from ..evaluation import build_evaluator
-from .defaults import latest_checkpoint, load_for_inference
+from .defaults import latest_checkpoint, load_strict
 from .hooks import RestartPreciseBN, StopOnSignal
 
-__all__ = ["Trainer", "TrainingDiverged"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger("panet_d2")
 
 # What a checkpoint must bring to a training run: heads may be new, half a ResNet may not.
 _REQUIRED_TO_TRAIN = ("backbone.bottom_up.",)
-
-
-class TrainingDiverged(FloatingPointError):
-    """A loss is NaN or infinite. The message has the step, the losses and the images."""
 
 
 class _LastBatch:
@@ -171,7 +168,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if checked(cfg, "SOLVER.OPTIMIZER", ("SGD", "ADAMW")) == "SGD":
+        if read_choice(cfg, "SOLVER.OPTIMIZER", ("SGD", "ADAMW")) == "SGD":
             return super().build_optimizer(cfg, model)
         # Groups and factors as Detectron2's build_optimizer makes them for SGD.
         params = get_default_optimizer_params(
@@ -267,7 +264,7 @@ class Trainer(DefaultTrainer):
         """
         model, last = self._trainer.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
         if resume and last:
-            load_for_inference(model, last)  # raises where the parent would go on with half
+            load_strict(model, last)  # raises where the parent would go on with half
         elif self.cfg.MODEL.WEIGHTS:
             StrictCheckpointer(model, required=_REQUIRED_TO_TRAIN).load(
                 self.cfg.MODEL.WEIGHTS, checkpointables=[]

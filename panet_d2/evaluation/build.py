@@ -19,7 +19,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 __all__ = ["build_evaluator", "check_evaluators", "detection_limit", "inference_folder"]
 

@@ -16,10 +16,11 @@ from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 from torch.onnx import symbolic_helper
 
-from ..config import ConfigError, checked
+from ..config import read_choice
+from ..errors import ConfigError, ExportError
 from .verify import Agreement, blank_images
 
-__all__ = ["FORMATS", "ExportError", "check_exportable", "export_model"]
+__all__ = ["FORMATS", "check_exportable", "export_model"]
 
 FORMATS = ("torchscript", "onnx")
 
@@ -31,10 +32,6 @@ _OPSET = 16
 
 # An exported model that was loaded.
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-
-
-class ExportError(RuntimeError):
-    """A model that could not be exported, or whose export does not do what the model does."""
 
 
 def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
@@ -50,7 +47,7 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
         ExportError: if a package is missing.
     """
     # PanopticFPN puts segments together in Python, one after the other.
-    checked(cfg, "MODEL.META_ARCHITECTURE", ("GeneralizedRCNN", "RetinaNet"))
+    read_choice(cfg, "MODEL.META_ARCHITECTURE", ("GeneralizedRCNN", "RetinaNet"))
     # Detectron2's deformable convs are no operator that a trace could hold.
     stages = cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
     if any(stages):
@@ -59,15 +56,15 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
             "be exported, so it must be False for every stage."
         )
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        checked(cfg, "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",))
+        read_choice(cfg, "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",))
     else:
         # Rotated boxes have operators of their own, for which ONNX has none; and proposals that
         # were computed before would be further inputs.
-        checked(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", ("RPN",))
+        read_choice(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", ("RPN",))
         branches = {"BOX": True, "MASK": cfg.MODEL.MASK_ON, "KEYPOINT": cfg.MODEL.KEYPOINT_ON}
         for branch in (b for b, on in branches.items() if on):
             types = ("ROIAlignV2", "ROIAlign", "ROIPool")
-            checked(cfg, f"MODEL.ROI_{branch}_HEAD.POOLER_TYPE", types)
+            read_choice(cfg, f"MODEL.ROI_{branch}_HEAD.POOLER_TYPE", types)
     if "onnx" not in formats:
         return
     if cfg.MODEL.KEYPOINT_ON:

@@ -12,7 +12,8 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 
-from ..data import DataError, first_test_set, spread_evenly
+from ..data import first_test_set, spread_evenly
+from ..errors import DataError
 
 __all__ = ["MAX_UNMATCHED", "TOLERANCES", "Agreement", "blank_images", "sample_images"]
 

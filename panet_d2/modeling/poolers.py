@@ -13,7 +13,8 @@ from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..config import ConfigError, checked
+from ..config import read_choice
+from ..errors import ConfigError
 from ..layers import FUSIONS, LevelwiseConv2d, LevelwiseLinear, fuse_levels, multilevel_roi_align
 
 __all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler", "adaptive_poolers"]
@@ -110,7 +111,7 @@ class AdaptiveROIPooler(ROIPooler):
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_levels(input_shape, in_features)
         node = cfg.MODEL[head]
-        adaptation = checked(
+        adaptation = read_choice(
             cfg,
             f"MODEL.{head}.AFP.ADAPTATION",
             # The mask and keypoint heads need a grid; nothing of it is left after an fc.
@@ -130,9 +131,9 @@ class AdaptiveROIPooler(ROIPooler):
             "output_size": node.POOLER_RESOLUTION,
             "scales": [1.0 / input_shape[f].stride for f in in_features],
             "sampling_ratio": node.POOLER_SAMPLING_RATIO,
-            "pooler_type": checked(cfg, f"MODEL.{head}.POOLER_TYPE", POOLER_TYPES),
+            "pooler_type": read_choice(cfg, f"MODEL.{head}.POOLER_TYPE", POOLER_TYPES),
             "in_channels": input_shape[in_features[0]].channels,
-            "fusion": checked(cfg, f"MODEL.{head}.AFP.FUSION", FUSIONS),
+            "fusion": read_choice(cfg, f"MODEL.{head}.AFP.FUSION", FUSIONS),
             "adaptation": adaptation,
             "adaptation_dim": dim,
             "norm": node.get("NORM", ""),

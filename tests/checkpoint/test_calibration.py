@@ -6,7 +6,7 @@ from detectron2.modeling.poolers import ROIPooler
 from panet_d2.checkpoint.calibration import calibrate
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.mask_rcnn import warm_start
-from panet_d2.engine import load_for_inference
+from panet_d2.engine import load_strict
 
 from ..common import batch, tiny_cfg
 from .test_mask_rcnn import DONOR, state
@@ -92,7 +92,7 @@ def test_from_file_to_file(tmp_path):
     plain = convert("mask-rcnn", paths[0], paths[1], cfg)
     torch.manual_seed(0)
     result = convert("mask-rcnn", paths[0], paths[2], cfg, calibration=images)
-    load_for_inference(build_model(cfg), paths[2])
+    load_strict(build_model(cfg), paths[2])
     notes = {row.target for row in result.rows if row.note.endswith(", calibrated")}
     assert notes == {k for k in plain.state if not torch.equal(plain.state[k], result.state[k])}
     assert "roi_heads.box_pooler.adaptation_layers.weight" in notes

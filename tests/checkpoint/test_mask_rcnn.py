@@ -3,10 +3,10 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from panet_d2.checkpoint import CheckpointError
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.mask_rcnn import warm_start
-from panet_d2.engine import load_for_inference
+from panet_d2.engine import load_strict
+from panet_d2.errors import CheckpointError
 
 from ..common import batch, tiny_cfg
 
@@ -187,7 +187,7 @@ def test_from_file_to_file(tmp_path):
     cfg = tiny_cfg()
     torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
     convert("mask-rcnn", str(tmp_path / "donor.pth"), str(tmp_path / "panet.pth"), cfg)
-    load_for_inference(build_model(cfg), str(tmp_path / "panet.pth"))
+    load_strict(build_model(cfg), str(tmp_path / "panet.pth"))
     torch.save({"model": {"some.weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="other.pth: it is not a Mask R-CNN with FPN"):
         convert("mask-rcnn", str(tmp_path / "other.pth"), str(tmp_path / "x.pth"), cfg)

@@ -10,11 +10,11 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from panet_d2 import PAFPN
-from panet_d2.checkpoint import CheckpointError
 from panet_d2.checkpoint.conversion import apply_rules
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.mmdet import mmdet_rules
-from panet_d2.engine import load_for_inference, setup_config
+from panet_d2.engine import load_strict, setup_config
+from panet_d2.errors import CheckpointError
 
 from ..modeling.golden import CONFIGS
 from ..modeling.test_golden import Stages
@@ -130,7 +130,7 @@ def test_whole_model(mask, tmp_path):
     assert all(name.endswith("num_batches_tracked") for name in left)
     assert {row.action for row in result.rows} == {"carried", "left out"}
     model = build_model(cfg)
-    load_for_inference(model, str(tmp_path / "out.pth"))
+    load_strict(model, str(tmp_path / "out.pth"))
     norm = model.backbone.bottom_up.res4[2].conv1.norm
     assert torch.equal(norm.running_var, source["backbone.layer3.2.bn1.running_var"])
 

@@ -11,11 +11,11 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from panet_d2 import PAFPN, PANetMaskHead
-from panet_d2.checkpoint import CheckpointError
 from panet_d2.checkpoint.conversion import apply_rules
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.release import release_rules
-from panet_d2.engine import load_for_inference, setup_config
+from panet_d2.engine import load_strict, setup_config
+from panet_d2.errors import CheckpointError
 from panet_d2.modeling import FastRCNNConvFCNormHead
 
 from ..modeling import golden
@@ -127,7 +127,7 @@ def test_every_name_of_the_released_models(name, tmp_path):
     assert all("running_" in target for target in initialised)
 
     model = build_model(cfg)
-    load_for_inference(model, str(tmp_path / "out.pth"))  # raises on any name or shape
+    load_strict(model, str(tmp_path / "out.pth"))  # raises on any name or shape
     box = model.roi_heads.box_predictor
     assert torch.equal(box.cls_score.weight[-1], source["Box_Outs.cls_score.weight"][0])
     assert torch.equal(box.cls_score.weight[:-1], source["Box_Outs.cls_score.weight"][1:])

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from panet_d2.checkpoint import CheckpointError, StrictCheckpointer
+from panet_d2.checkpoint import StrictCheckpointer
+from panet_d2.errors import CheckpointError
 
 
 class Model(nn.Module):

@@ -1,7 +1,7 @@
 import pytest
 
-from panet_d2 import ConfigError
 from panet_d2.data import build_training_sample_loader, setup_datasets
+from panet_d2.errors import ConfigError
 
 from ..common import tiny_cfg, write_coco
 

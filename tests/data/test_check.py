@@ -5,13 +5,13 @@ import pytest
 from PIL import Image, ImageFile
 
 from panet_d2.data import (
-    DataError,
     check_annotations,
     check_coco,
     check_images,
     check_training_images,
     setup_datasets,
 )
+from panet_d2.errors import DataError
 
 from ..test_real_data import DATASETS, needs
 from .test_check_annotations import NAN, brief, rle, squares  # noqa: F401 (a fixture)

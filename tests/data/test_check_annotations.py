@@ -8,7 +8,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from pycocotools import mask as mask_util
 
-from panet_d2.data import DataError, NamedImageMapper, check_annotations, setup_datasets
+from panet_d2.data import NamedImageMapper, check_annotations, setup_datasets
+from panet_d2.errors import DataError
 
 from ..common import tiny_cfg, write_coco
 

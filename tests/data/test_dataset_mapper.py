@@ -9,7 +9,8 @@ from detectron2.data.common import MapDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from panet_d2.data import DataError, NamedImageMapper, check_images, register_coco_file
+from panet_d2.data import NamedImageMapper, check_images, register_coco_file
+from panet_d2.errors import DataError
 
 from ..common import tiny_cfg, write_coco
 

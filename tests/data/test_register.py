@@ -5,8 +5,8 @@ import os
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from panet_d2 import ConfigError
-from panet_d2.data import DataError, setup_datasets
+from panet_d2.data import setup_datasets
+from panet_d2.errors import ConfigError, DataError
 
 from ..common import tiny_cfg, write_coco
 

@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
 
-from panet_d2.data import DataError
 from panet_d2.data.datasets import shapes
+from panet_d2.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
 
-from panet_d2 import ConfigError
 from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.train_loader import StreamSampler, build_train_loader, seed_all, seeded
+from panet_d2.errors import ConfigError
 
 from ..common import tiny_cfg, write_coco
 
@@ -81,7 +81,7 @@ def batches(cfg, count, start=0):
 @pytest.mark.parametrize("grouping", [True, False])
 def test_any_batch_can_be_the_first(cfg, upright, grouping, per_batch):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
-    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = per_batch
+    cfg.INPUT.SAME_SIZE_PER_BATCH = per_batch
     whole = batches(cfg, 30)
     assert len({shape for batch in whole for _, _, shape, _ in batch}) > 10  # sizes are drawn
     for start in (1, 2, 3, 7, 8, 15, 29):
@@ -92,7 +92,7 @@ def test_any_batch_can_be_the_first(cfg, upright, grouping, per_batch):
 @pytest.mark.parametrize("workers, per_batch", [(1, False), (2, True), (2, False), (3, True)])
 def test_workers_change_nothing(cfg, upright, grouping, workers, per_batch):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
-    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = per_batch
+    cfg.INPUT.SAME_SIZE_PER_BATCH = per_batch
     whole = batches(cfg, 12)
     cfg.DATALOADER.NUM_WORKERS = workers
     assert batches(cfg, 12) == whole
@@ -106,7 +106,7 @@ def test_a_size_for_each_batch(cfg, upright, grouping, seed, workers):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
     shapes = [{shape for _, _, shape, _ in batch} for batch in batches(cfg, 30)]
     assert sum(len(of_batch) > 1 for of_batch in shapes) > 15  # each image has its own
-    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    cfg.INPUT.SAME_SIZE_PER_BATCH = True
     drawn = batches(cfg, 30)
     shapes = [{shape for _, _, shape, _ in batch} for batch in drawn]
     assert all(len(of_batch) == 1 for of_batch in shapes)
@@ -119,23 +119,23 @@ def test_a_size_for_each_batch(cfg, upright, grouping, seed, workers):
 def test_sizes_of_a_list_are_drawn_alike(cfg):
     cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"])
     cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", [48, 64, 80]])
-    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    cfg.INPUT.SAME_SIZE_PER_BATCH = True
     sizes = [min(batch[0][2][1:]) for batch in batches(cfg, 300)]
     counts = [sizes.count(size) for size in (48, 64, 80)]
     assert sum(counts) == 300 and min(counts) > 70  # of 100; four standard deviations are 33
 
 
 def test_a_size_of_the_batch_needs_a_batch(cfg):
-    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = True
+    cfg.INPUT.SAME_SIZE_PER_BATCH = True
     image = DatasetCatalog.get("stream_squares")[0]
-    with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TRAIN_PER_BATCH.*Trainer"):
+    with pytest.raises(ConfigError, match="INPUT.SAME_SIZE_PER_BATCH.*Trainer"):
         NamedImageMapper(cfg, True)(image)
     assert NamedImageMapper(cfg, False)(image)["image"].shape[0] == 3
 
 
 def test_a_size_of_the_batch_or_not(cfg):
-    with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TRAIN_PER_BATCH is None.*True, False"):
-        cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = None
+    with pytest.raises(ConfigError, match="INPUT.SAME_SIZE_PER_BATCH is None.*True, False"):
+        cfg.INPUT.SAME_SIZE_PER_BATCH = None
         build_train_loader(cfg, NamedImageMapper(cfg, False))
 
 
@@ -210,10 +210,10 @@ def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
     monkeypatch.setattr(train_loader, "_train_loader_from_config", without_sizes)
     with pytest.raises(ConfigError, match="DATALOADER.ASPECT_RATIO_GROUPING.*SEED 5.*width"):
         build_train_loader(cfg, NamedImageMapper(cfg, True))
-    cfg.merge_from_list(["SEED", -1, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", True])
+    cfg.merge_from_list(["SEED", -1, "INPUT.SAME_SIZE_PER_BATCH", True])
     with pytest.raises(ConfigError, match="ASPECT_RATIO_GROUPING.*PER_BATCH True.*width"):
         build_train_loader(cfg, NamedImageMapper(cfg, True))
-    cfg.merge_from_list(["SEED", 5, "INPUT.MIN_SIZE_TRAIN_PER_BATCH", False])
+    cfg.merge_from_list(["SEED", 5, "INPUT.SAME_SIZE_PER_BATCH", False])
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     next(iter(build_train_loader(cfg, NamedImageMapper(cfg, True))))
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from panet_d2 import add_panet_config
+from panet_d2 import add_panet_config, cli
 
 from ..common import load_script
 
@@ -133,7 +133,7 @@ def _assert_error(capfd, *parts):
 @pytest.mark.parametrize("name", ["out.png", "new/folder/out.jpg"])
 def test_one_image_to_a_file(model, images, tmp_path, name):
     argv = [*model, "--input", str(images / "a.jpg"), "--output", str(tmp_path / name)]
-    assert demo.main(argv) == 0
+    assert cli.run(demo.main, argv) == 0
     _assert_is_drawing(tmp_path / name, _picture(1))
 
 
@@ -143,7 +143,7 @@ def test_folder_to_folder(model, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.jpg").write_text("from an earlier run")
     argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
-    assert demo.main(argv) == 0
+    assert cli.run(demo.main, argv) == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "b.png", "c.bmp"]
     _assert_is_drawing(tmp_path / "out" / "a.jpg", _picture(1))
     _assert_is_drawing(tmp_path / "out" / "b.png", _picture(0))
@@ -160,7 +160,7 @@ def test_inputs_are_sorted_and_unique(tmp_path):
 def test_glob_and_json(model, images, tmp_path, monkeypatch):
     monkeypatch.chdir(images)
     out = tmp_path / "new" / "results.json"
-    assert demo.main([*model, "--input", "*.[jp][pn]g", "--json", str(out)]) == 0
+    assert cli.run(demo.main, [*model, "--input", "*.[jp][pn]g", "--json", str(out)]) == 0
     results = json.loads(out.read_text())
     assert list(dict.fromkeys(r["image_id"] for r in results)) == ["a.jpg", "b.png"]
     assert sorted(os.listdir(images)) == ["a.jpg", "b.png", "c.bmp"]  # no pictures, nothing left
@@ -186,13 +186,13 @@ def test_glob_and_json(model, images, tmp_path, monkeypatch):
 
 def test_threshold_of_one_finds_nothing(model, images, tmp_path):
     argv = [*model, "--input", str(images), "--json", str(tmp_path / "r.json")]
-    assert demo.main([*argv, "--confidence-threshold", "1.0"]) == 0
+    assert cli.run(demo.main, [*argv, "--confidence-threshold", "1.0"]) == 0
     assert json.loads((tmp_path / "r.json").read_text()) == []
 
 
 def test_threshold_is_a_probability(model, images, capsys):
     with pytest.raises(SystemExit, match="2"):
-        demo.main([*model, "--input", str(images), "--confidence-threshold", "50"])
+        cli.run(demo.main, [*model, "--input", str(images), "--confidence-threshold", "50"])
     assert "--confidence-threshold must be from 0 to 1" in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ def test_unreadable_images_are_skipped(model, images, tmp_path, capfd):
     (images / "truncated.png").write_bytes(whole[: len(whole) // 2])
     argv = [*model, "--input", str(images), str(tmp_path / "none" / "*.png")]
     argv += ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]
-    assert demo.main(argv) == 1
+    assert cli.run(demo.main, argv) == 1
     err = capfd.readouterr().err
     assert f"cannot read image {images / 'broken.png'}: " in err
     assert f"cannot read image {images / 'truncated.png'}: " in err
@@ -215,7 +215,7 @@ def test_unreadable_images_are_skipped(model, images, tmp_path, capfd):
 def test_one_unreadable_image(model, tmp_path, capfd):
     (tmp_path / "broken.png").write_text("not a PNG")
     argv = [*model, "--input", str(tmp_path / "broken.png"), "--json", str(tmp_path / "r.json")]
-    assert demo.main(argv) == 1
+    assert cli.run(demo.main, argv) == 1
     err = capfd.readouterr().err
     assert err.count("broken.png: ") == 1 and "inputs" not in err
     assert os.listdir(tmp_path) == ["broken.png"]  # [] would say that nothing is in the image
@@ -224,7 +224,9 @@ def test_one_unreadable_image(model, tmp_path, capfd):
 def test_no_input_found(model, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     argv = [*model, "--output", str(tmp_path / "out"), "--input"]
-    assert demo.main([*argv, str(tmp_path / "empty"), str(tmp_path / "x*.png"), "y.png"]) == 2
+    assert (
+        cli.run(demo.main, [*argv, str(tmp_path / "empty"), str(tmp_path / "x*.png"), "y.png"]) == 1
+    )
     _assert_error(capfd, f"no image found in {tmp_path / 'empty'}, {tmp_path / 'x*.png'}, y.png")
     assert not (tmp_path / "out").exists()
 
@@ -236,7 +238,7 @@ def test_inputs_are_not_overwritten(model, images, tmp_path, capfd, link):
         output = tmp_path / "link"
         output.symlink_to(images, target_is_directory=True)
     before = (images / "a.jpg").read_bytes()
-    assert demo.main([*model, "--input", str(images), "--output", str(output)]) == 2
+    assert cli.run(demo.main, [*model, "--input", str(images), "--output", str(output)]) == 1
     _assert_error(capfd, output / "a.jpg", "will not be overwritten")
     assert (images / "a.jpg").read_bytes() == before
 
@@ -254,24 +256,24 @@ def test_json_of_lvis_counts_from_one(model):
 
 def test_json_does_not_overwrite_the_config(model, images, capfd):
     before = Path(model[1]).read_bytes()
-    assert demo.main([*model, "--input", str(images), "--json", model[1]]) == 2
+    assert cli.run(demo.main, [*model, "--input", str(images), "--json", model[1]]) == 1
     _assert_error(capfd, model[1], "will not be overwritten")
     assert Path(model[1]).read_bytes() == before
 
 
 def test_outputs_that_cannot_be(model, images, tmp_path, capfd):
     argv = [*model, "--input", str(images), "--output"]
-    assert demo.main([*argv, str(tmp_path / "out.png")]) == 2
+    assert cli.run(demo.main, [*argv, str(tmp_path / "out.png")]) == 1
     _assert_error(capfd, "out.png is one file, but there are 3 images")
-    assert demo.main([*argv, str(tmp_path / "out.xyz")]) == 2
+    assert cli.run(demo.main, [*argv, str(tmp_path / "out.xyz")]) == 1
     _assert_error(capfd, "out.xyz must be a folder or end in .png, ")
     other = _write_images(tmp_path / "other", "a.jpg")
     argv = [*model, "--input", str(images), str(other), "--output", str(tmp_path / "out")]
-    assert demo.main(argv) == 2
+    assert cli.run(demo.main, argv) == 1
     _assert_error(capfd, "several images would be saved as", tmp_path / "out" / "a.jpg")
     (tmp_path / "file").write_text("")
     argv = [*model, "--input", str(images), "--output", str(tmp_path / "file")]
-    assert demo.main(argv) == 2
+    assert cli.run(demo.main, argv) == 1
     _assert_error(capfd, tmp_path / "file")
 
 
@@ -290,17 +292,20 @@ def test_weights_of_another_model(model, images, tmp_path, capfd):
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     _save_model(cfg, tmp_path / "other.pth")
     argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
-    assert demo.main([*argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "other.pth")]) == 2
+    assert cli.run(demo.main, [*argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "other.pth")]) == 1
     _assert_error(capfd, "does not fit the model")
 
 
 def test_config_errors(model, images, tmp_path, capfd):
     argv = ["--input", str(images), "--output", str(tmp_path / "out")]
-    assert demo.main(["--config-file", str(tmp_path / "no.yaml"), *argv]) == 2
+    assert cli.run(demo.main, ["--config-file", str(tmp_path / "no.yaml"), *argv]) == 1
     _assert_error(capfd, "no.yaml")
-    assert demo.main([*model, *argv, "--opts", "MODEL.NOPE", "1"]) == 2
+    assert cli.run(demo.main, [*model, *argv, "--opts", "MODEL.NOPE", "1"]) == 1
     _assert_error(capfd, "NOPE")
-    assert demo.main([*model, *argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "no.pth")]) == 2
+    assert (
+        cli.run(demo.main, [*model, *argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "no.pth")])
+        == 1
+    )
     _assert_error(capfd, "no.pth")
 
 
@@ -329,7 +334,7 @@ def _read_video(path):
 def test_video(model, video, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [*model, "--video-input", video.name, "--output", "out.avi", "--json", "r.json"]
-    assert demo.main(argv) == 0
+    assert cli.run(demo.main, argv) == 0
     before, _ = _read_video(video)
     after, fps = _read_video(tmp_path / "out.avi")
     assert fps == 12
@@ -342,22 +347,22 @@ def test_video(model, video, tmp_path, monkeypatch):
 
 def test_video_to_mp4_and_folder(model, video, tmp_path, capfd):
     argv = [*model, "--video-input", str(video), "--output"]
-    if demo.main([*argv, str(tmp_path / "out.mp4")]) == 2:
+    if cli.run(demo.main, [*argv, str(tmp_path / "out.mp4")]) == 1:
         assert "OpenCV cannot write the video" in capfd.readouterr().err
         pytest.skip("this build of OpenCV cannot write MP4 videos")
     assert len(_read_video(tmp_path / "out.mp4")[0]) == 3
-    assert demo.main([*argv, str(tmp_path / "out")]) == 0
+    assert cli.run(demo.main, [*argv, str(tmp_path / "out")]) == 0
     assert os.listdir(tmp_path / "out") == ["clip.avi"]
 
 
 def test_videos_that_cannot_be(model, video, tmp_path, capfd, monkeypatch):
-    assert demo.main([*model, "--video-input", str(video), "--output", str(tmp_path)]) == 2
+    assert cli.run(demo.main, [*model, "--video-input", str(video), "--output", str(tmp_path)]) == 1
     _assert_error(capfd, video, "will not be overwritten")
     argv = [*model, "--output", str(tmp_path / "out.mp4"), "--video-input"]
-    assert demo.main([*argv, str(tmp_path / "no.avi")]) == 2
+    assert cli.run(demo.main, [*argv, str(tmp_path / "no.avi")]) == 1
     assert f"error: cannot open {tmp_path / 'no.avi'} as a video" in capfd.readouterr().err
     monkeypatch.setitem(demo.VIDEOS, ".mp4", ("none",))
-    assert demo.main([*argv, str(video)]) == 2
+    assert cli.run(demo.main, [*argv, str(video)]) == 1
     assert "out.mp4 (codecs tried: none)" in capfd.readouterr().err
 
 
@@ -383,7 +388,7 @@ def test_webcam_ends_with_interrupt(model, video, tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo.cv2, "VideoCapture", Webcam)
     argv = [*model, "--webcam", "--output", str(tmp_path / "out.avi")]
-    assert demo.main([*argv, "--json", str(tmp_path / "r.json")]) == 0
+    assert cli.run(demo.main, [*argv, "--json", str(tmp_path / "r.json")]) == 0
     monkeypatch.undo()
     assert len(_read_video(tmp_path / "out.avi")[0]) == 3
     results = json.loads((tmp_path / "r.json").read_text())
@@ -401,7 +406,7 @@ def test_window(model, images, monkeypatch, keys, shown):
     monkeypatch.setattr(demo.cv2, "imshow", lambda _, picture: pictures.append(picture))
     monkeypatch.setattr(demo.cv2, "waitKey", lambda _: keys.pop(0))
     monkeypatch.setattr(demo.cv2, "getWindowProperty", lambda *_: 1.0)
-    assert demo.main([*model, "--input", str(images)]) == 0
+    assert cli.run(demo.main, [*model, "--input", str(images)]) == 0
     assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * shown
 
 
@@ -409,7 +414,7 @@ def test_window(model, images, monkeypatch, keys, shown):
 def test_no_display(model, images, capfd, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
-    assert demo.main([*model, "--input", str(images)]) == 2
+    assert cli.run(demo.main, [*model, "--input", str(images)]) == 1
     _assert_error(capfd, "--output")
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError
 from panet_d2.engine import Predictor, setup_config
+from panet_d2.errors import CheckpointError, ConfigError
 
 from ..common import batch, tiny_cfg
 

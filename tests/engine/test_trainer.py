@@ -11,10 +11,10 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import get_event_storage
 
-from panet_d2 import ConfigError
-from panet_d2.checkpoint import CheckpointError, RunCheckpointer
+from panet_d2.checkpoint import RunCheckpointer
 from panet_d2.data.train_loader import seed_all
-from panet_d2.engine import Trainer, TrainingDiverged, latest_checkpoint, setup_config
+from panet_d2.engine import Trainer, latest_checkpoint, setup_config
+from panet_d2.errors import CheckpointError, ConfigError, TrainingDiverged
 
 from ..common import tiny_cfg
 

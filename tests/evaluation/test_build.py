@@ -2,8 +2,8 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
-from panet_d2 import ConfigError
 from panet_d2.data import register_coco_file
+from panet_d2.errors import ConfigError
 from panet_d2.evaluation import build_evaluator, check_evaluators, inference_folder
 
 from ..common import tiny_cfg, write_coco

@@ -7,8 +7,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from panet_d2 import ConfigError
-from panet_d2.export import FORMATS, Agreement, ExportError, check_exportable, export_model
+from panet_d2.errors import ConfigError, ExportError
+from panet_d2.export import FORMATS, Agreement, check_exportable, export_model
 from panet_d2.export.export import _detect, _load_onnx, _load_torchscript
 
 from ..common import tiny_cfg

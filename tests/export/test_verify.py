@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from panet_d2 import ConfigError
-from panet_d2.data import DataError
+from panet_d2.errors import ConfigError, DataError
 from panet_d2.export import Agreement, sample_images
 from panet_d2.export.verify import TOLERANCES, blank_images
 

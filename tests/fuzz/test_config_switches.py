@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from panet_d2 import ConfigError
+from panet_d2.errors import ConfigError
 from panet_d2.layers import FUSIONS
 
 from ..common import batch, tiny_cfg

@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from panet_d2 import ConfigError, add_panet_config
+from panet_d2 import add_panet_config
 from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.check import check_training_images
 from panet_d2.engine import Trainer, setup_config
+from panet_d2.errors import ConfigError
 from panet_d2.layers import FUSIONS
 
 from ..common import leaves, tiny_cfg

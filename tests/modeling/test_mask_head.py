@@ -4,7 +4,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import build_mask_head
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
-from panet_d2 import ConfigError, PANetMaskHead
+from panet_d2 import PANetMaskHead
+from panet_d2.errors import ConfigError
 
 from ..common import tiny_cfg
 

@@ -4,7 +4,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone, build_backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from panet_d2 import PAFPN, ConfigError
+from panet_d2 import PAFPN
+from panet_d2.errors import ConfigError
 
 from ..common import tiny_cfg
 

@@ -5,7 +5,8 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import roi_align
 
-from panet_d2 import AdaptiveROIPooler, ConfigError
+from panet_d2 import AdaptiveROIPooler
+from panet_d2.errors import ConfigError
 from panet_d2.layers import FUSIONS
 
 from ..common import DEVICES, needs_cuda, tiny_cfg

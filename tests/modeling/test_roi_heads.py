@@ -8,7 +8,8 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
 
-from panet_d2 import AdaptiveROIPooler, ConfigError, PANetCascadeROIHeads, PANetROIHeads
+from panet_d2 import AdaptiveROIPooler, PANetCascadeROIHeads, PANetROIHeads
+from panet_d2.errors import ConfigError
 
 from ..common import batch, tiny_cfg
 

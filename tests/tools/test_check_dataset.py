@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from panet_d2 import cli
+
 from ..common import load_script
 from ..data.test_check_annotations import squares  # noqa: F401 (a fixture)
 from ..data.test_shapes import cache  # noqa: F401 (a fixture)
@@ -22,7 +24,7 @@ def spoiled(squares):  # noqa: F811
 
 
 def check(squares, *args):  # noqa: F811
-    return tool.main(["--annotations", squares.json_file, "--images", squares.root, *args])
+    return cli.run(tool.main, ["--annotations", squares.json_file, "--images", squares.root, *args])
 
 
 def test_nothing_is_wrong(squares, capsys):  # noqa: F811
@@ -77,12 +79,12 @@ def test_data_sets_of_a_config(spoiled, tmp_path, capsys, monkeypatch):
     entry = ["spoiled", "squares/instances.json", "squares/images"]
     opts = ("DATASETS.REGISTER_COCO", [entry], "DATASETS.TRAIN", ["spoiled"])
     config = write_config(spoiled, tmp_path, *opts, "MODEL.ROI_HEADS.NUM_CLASSES", 0)
-    assert tool.main(["--config-file", config, "--json"]) == 1
+    assert cli.run(tool.main, ["--config-file", config, "--json"]) == 1
     [report] = json.loads(capsys.readouterr().out)["datasets"]
     # Without evaluation an annotation may have the id 0.
     assert (report["name"], report["errors"], report["warnings"]) == ("spoiled", 2, 2)
     opts = ["--opts", "DATASETS.TEST", "('spoiled',)"]
-    assert tool.main(["--config-file", config, "--json", *opts]) == 1
+    assert cli.run(tool.main, ["--config-file", config, "--json", *opts]) == 1
     [report] = json.loads(capsys.readouterr().out)["datasets"]
     assert (report["errors"], report["warnings"]) == (3, 1)
 
@@ -90,14 +92,14 @@ def test_data_sets_of_a_config(spoiled, tmp_path, capsys, monkeypatch):
 def test_masks_only_where_the_config_has_them(squares, tmp_path):  # noqa: F811
     squares.annotation(2, segmentation=None)
     config = write_config(squares, tmp_path)
-    assert tool.main(["--config-file", config]) == 1
-    assert tool.main(["--config-file", config, "--opts", "MODEL.MASK_ON", "False"]) == 0
+    assert cli.run(tool.main, ["--config-file", config]) == 1
+    assert cli.run(tool.main, ["--config-file", config, "--opts", "MODEL.MASK_ON", "False"]) == 0
 
 
 def test_a_generated_data_set_is_made(cache, tmp_path, capsys):  # noqa: F811
     config = tmp_path / "config.yaml"
     config.write_text("DATASETS: {TRAIN: [shapes_train], TEST: [shapes_val]}\n")
-    assert tool.main(["--config-file", str(config)]) == 0
+    assert cli.run(tool.main, ["--config-file", str(config)]) == 0
     assert "shapes_val: 0 errors" in capsys.readouterr().out
 
 
@@ -120,7 +122,7 @@ def test_a_generated_data_set_is_made(cache, tmp_path, capsys):  # noqa: F811
 def test_what_cannot_be_checked(squares, tmp_path, capsys, args, message):  # noqa: F811
     names = {"root": squares.root, "json": squares.json_file}
     names["config"] = write_config(squares, tmp_path)
-    assert tool.main([arg.format(**names) for arg in args]) == 2
+    assert cli.run(tool.main, [arg.format(**names) for arg in args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
 
@@ -139,5 +141,5 @@ def test_what_cannot_be_checked(squares, tmp_path, capsys, args, message):  # no
 )
 def test_wrong_arguments(args):
     with pytest.raises(SystemExit) as e:
-        tool.main(args)
+        cli.run(tool.main, args)
     assert e.value.code == 2

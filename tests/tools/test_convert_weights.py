@@ -2,6 +2,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from panet_d2 import cli
+
 from ..checkpoint.test_mask_rcnn import DONOR, state
 from ..common import load_script, tiny_cfg, write_coco
 
@@ -22,7 +24,9 @@ def donor(tmp_path):
 
 def convert(folder, *args):
     files = [str(folder / name) for name in ("donor.pth", "out.pth")]
-    return tool.main(["mask-rcnn", *files, "--config-file", str(folder / "panet.yaml"), *args])
+    return cli.run(
+        tool.main, ["mask-rcnn", *files, "--config-file", str(folder / "panet.yaml"), *args]
+    )
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
@@ -52,5 +56,5 @@ def test_allow_unmatched_is_for_rules(donor, capsys):
 @pytest.mark.parametrize("kind, count", [("release", "2"), ("mask-rcnn", "0")])
 def test_calibration_is_for_warm_starts(kind, count, capsys):
     with pytest.raises(SystemExit):
-        tool.main([kind, "in.pth", "out.pth", "--calibrate", count])
+        cli.run(tool.main, [kind, "in.pth", "out.pth", "--calibrate", count])
     assert "--calibrate is for mask-rcnn" in capsys.readouterr().err

@@ -3,6 +3,8 @@ import re
 import torch
 from detectron2.modeling import build_model
 
+from panet_d2 import cli
+
 from ..common import load_script, tiny_cfg, write_coco
 
 STAGES = ["proposals", "boxes", "masks", "classes"]
@@ -35,7 +37,7 @@ def kill_a_quarter(box_head):
 
 
 def test_what_it_says(tmp_path, capsys):
-    assert diagnose.main(["--config-file", write_run(tmp_path), "--number", "2"]) == 0
+    assert cli.run(diagnose.main, ["--config-file", write_run(tmp_path), "--number", "2"]) == 0
     out = capsys.readouterr().out
     assert "box_head: 25 % of 48 outputs are zero for all proposals of 2 images" in out
     assert re.search(r"^AP [\d.]+  AP50 [\d.]+  AP75 [\d.]+  APs", out, re.M)
@@ -46,7 +48,7 @@ def test_what_it_says(tmp_path, capsys):
 
 def test_a_model_without_masks(tmp_path, capsys):
     config = write_run(tmp_path, "MODEL.MASK_ON", False)
-    assert diagnose.main(["--config-file", config]) == 0
+    assert cli.run(diagnose.main, ["--config-file", config]) == 0
     out = capsys.readouterr().out
     assert "AP" not in out and "\nboxes " in out and "\nmasks " not in out
 
@@ -59,7 +61,7 @@ def test_a_model_without_roi_heads(tmp_path, capsys):
         *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
         *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
     )
-    assert diagnose.main(["--config-file", config]) == 2
+    assert cli.run(diagnose.main, ["--config-file", config]) == 1
     assert "no box head" in capsys.readouterr().err
 
 
@@ -67,20 +69,22 @@ def test_boxes_of_another_run(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     config, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    assert diagnose.main(["--config-file", config, "--boxes-of", other]) == 0
+    assert cli.run(diagnose.main, ["--config-file", config, "--boxes-of", other]) == 0
     *_, what, ap = capsys.readouterr().out.splitlines()
     assert what == f"mask AP with what {other} detects:" and re.match(r"AP [\d.]+  AP50 ", ap)
     without = write_run(tmp_path, "MODEL.MASK_ON", False)
-    assert diagnose.main(["--config-file", without, "--boxes-of", other]) == 2
+    assert cli.run(diagnose.main, ["--config-file", without, "--boxes-of", other]) == 1
     assert "no masks" in capsys.readouterr().err
 
 
 def test_no_data_set(tmp_path, capsys):
-    assert diagnose.main(["--config-file", write_run(tmp_path), "DATASETS.TEST", "()"]) == 2
+    assert (
+        cli.run(diagnose.main, ["--config-file", write_run(tmp_path), "DATASETS.TEST", "()"]) == 1
+    )
     assert "DATASETS.TEST is empty" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_there(tmp_path, capsys):
     config = write_run(tmp_path)
-    assert diagnose.main(["--config-file", config, "MODEL.WEIGHTS", "lost.pth"]) == 2
+    assert cli.run(diagnose.main, ["--config-file", config, "MODEL.WEIGHTS", "lost.pth"]) == 1
     assert "lost.pth" in capsys.readouterr().err

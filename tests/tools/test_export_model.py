@@ -6,6 +6,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from panet_d2 import cli
+
 from ..common import load_script, tiny_cfg, write_coco
 
 tool = load_script("tools/export_model.py")
@@ -29,8 +31,8 @@ def run(tmp_path) -> Path:
 
 
 def export(run: Path, *args: str) -> int:
-    return tool.main(
-        ["--config-file", str(run / "config.yaml"), "--output", str(run / "out"), *args]
+    return cli.run(
+        tool.main, ["--config-file", str(run / "config.yaml"), "--output", str(run / "out"), *args]
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from panet_d2 import cli
 from panet_d2.engine import read_config
 
 from ..common import load_script, tiny_cfg, write_coco
@@ -35,7 +36,9 @@ def run(tmp_path):
 def predictions(run, *args):
     output = str(run / "pictures")
     config = str(run / "config.yaml")
-    return visualize.main(["predictions", "--config-file", config, "--output", output, *args])
+    return cli.run(
+        visualize.main, ["predictions", "--config-file", config, "--output", output, *args]
+    )
 
 
 def test_worst_first_and_average_precision(run, capsys):
@@ -72,7 +75,9 @@ def trained(run):
 
 def test_levels(trained, capsys):
     config, output = str(trained / "config.yaml"), trained / "figures"
-    assert visualize.main(["levels", "--config-file", config, "--output", str(output)]) == 0
+    assert (
+        cli.run(visualize.main, ["levels", "--config-file", config, "--output", str(output)]) == 0
+    )
     assert cv2.imread(str(output / "levels.png")) is not None
     printed = capsys.readouterr().out
     assert "box_pooler" in printed and "mask_pooler" in printed and " %" in printed
@@ -81,14 +86,14 @@ def test_levels(trained, capsys):
 def test_given_weights_go_before_those_of_the_run(trained, capsys):
     config, output = str(trained / "config.yaml"), str(trained / "figures")
     command = ["levels", "--config-file", config, "--output", output]
-    assert visualize.main([*command, "MODEL.WEIGHTS", "lost.pth"]) == 2
+    assert cli.run(visualize.main, [*command, "MODEL.WEIGHTS", "lost.pth"]) == 1
     assert "lost.pth" in capsys.readouterr().err
 
 
 def test_masks(trained, capsys):
     config, output = str(trained / "config.yaml"), trained / "figures"
     command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]
-    assert visualize.main(command) == 0
+    assert cli.run(visualize.main, command) == 0
     picture = cv2.imread(str(output / "masks.png"))
     assert picture.shape == (24 + 3 * 164, 4 * 164, 3)  # a bar, three rows of four panels
     assert "3 objects" in capsys.readouterr().out
@@ -106,12 +111,12 @@ def test_masks_of_objects_that_reach_beyond_the_image(trained, capsys):
     beyond.write_text(json.dumps(content))
     opts = ["DATASETS.REGISTER_COCO", str([["beyond", str(beyond), root]])]
     command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]
-    assert visualize.main([*command, *opts, "DATASETS.TEST", "('beyond',)"]) == 0
+    assert cli.run(visualize.main, [*command, *opts, "DATASETS.TEST", "('beyond',)"]) == 0
     assert cv2.imread(str(output / "masks.png")) is not None
     content["annotations"] = []
     beyond.with_name("none.json").write_text(json.dumps(content))
     opts = ["DATASETS.REGISTER_COCO", str([["none", str(beyond.with_name("none.json")), root]])]
-    assert visualize.main([*command, *opts, "DATASETS.TEST", "('none',)"]) == 2
+    assert cli.run(visualize.main, [*command, *opts, "DATASETS.TEST", "('none',)"]) == 1
     assert "none has no objects" in capsys.readouterr().err
 
 
@@ -119,7 +124,9 @@ def test_masks_of_objects_that_reach_beyond_the_image(trained, capsys):
 def test_no_data_set(trained, command, capsys):
     config, output = str(trained / "config.yaml"), str(trained / "figures")
     opts = ["DATASETS.TEST", "()"]
-    assert visualize.main([command, "--config-file", config, "--output", output, *opts]) == 2
+    assert (
+        cli.run(visualize.main, [command, "--config-file", config, "--output", output, *opts]) == 1
+    )
     assert "DATASETS.TEST is empty" in capsys.readouterr().err
 
 
@@ -130,7 +137,7 @@ def test_curves_of_runs_with_the_same_name(trained, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(visualize, "plot_training", lambda runs, path: drawn.update(runs))
     runs = [str(tmp_path / group / "run") for group in "ab"]
-    assert visualize.main(["curves", *runs, "--output", str(tmp_path / "figures")]) == 0
+    assert cli.run(visualize.main, ["curves", *runs, "--output", str(tmp_path / "figures")]) == 0
     assert list(drawn) == runs
 
 
@@ -151,7 +158,7 @@ def test_results_of_the_data_set_among_several(run, capsys):
 
 def test_curves(trained, tmp_path):
     output = tmp_path / "figures"
-    assert visualize.main(["curves", str(trained), "--output", str(output)]) == 0
+    assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 0
     for name in ("training", "precision_recall"):
         assert cv2.imread(str(output / f"{name}.png")) is not None
 
@@ -164,5 +171,5 @@ def test_curves(trained, tmp_path):
     ],
 )
 def test_one_clear_error(command, message, tmp_path, capsys):
-    assert visualize.main([*command, "--output", str(tmp_path)]) == 2
+    assert cli.run(visualize.main, [*command, "--output", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err

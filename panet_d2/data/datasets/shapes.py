@@ -23,7 +23,7 @@ from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
-from ..check import DataError
+from ...errors import DataError
 
 __all__ = ["CLASSES", "SPLITS", "ensure_shapes", "register_shapes", "render_image"]
 

@@ -13,7 +13,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_b
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ...config import ConfigError, checked
+from ...config import read_choice
+from ...errors import ConfigError
 
 __all__ = [
     "PAFPN",
@@ -143,7 +144,7 @@ class PAFPN(FPN):
             )
         except ValueError as e:
             raise ConfigError(str(e)) from None
-        channels_last = checked(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False))
+        channels_last = read_choice(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False))
         if channels_last and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
             raise ConfigError(
                 "MODEL.PAFPN.CHANNELS_LAST is True; it must be False where "
@@ -157,9 +158,9 @@ class PAFPN(FPN):
             "norm": cfg.MODEL.FPN.NORM,
             "top_block": top_block,
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-            "activation": checked(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
-            "bottom_up_input": checked(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
-            "bias_before_norm": checked(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
+            "activation": read_choice(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
+            "bottom_up_input": read_choice(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
+            "bias_before_norm": read_choice(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
             "channels_last": channels_last,
         }
 

@@ -12,7 +12,8 @@ from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
-from ...config import ConfigError, checked
+from ...config import read_choice
+from ...errors import ConfigError
 
 __all__ = ["FCFusionBranch", "PANetMaskHead"]
 
@@ -136,8 +137,8 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
         """
         node = cfg.MODEL.ROI_MASK_HEAD
         ret = super().from_config(cfg, input_shape)
-        ret["fc_fusion"] = checked(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", (True, False))
-        ret["fc_relu"] = checked(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", (True, False))
+        ret["fc_fusion"] = read_choice(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", (True, False))
+        ret["fc_relu"] = read_choice(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", (True, False))
         if not ret["fc_fusion"]:
             return ret
         if not isinstance(input_shape, ShapeSpec):

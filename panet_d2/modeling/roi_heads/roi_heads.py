@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads
 
-from ...config import checked
+from ...config import read_choice
 from ..poolers import AdaptiveROIPooler
 
 __all__ = ["AdaptivePoolingMixin", "PANetCascadeROIHeads", "PANetROIHeads"]
@@ -40,7 +40,7 @@ class AdaptivePoolingMixin:
         """Run the parent's ``init_head`` and put an :class:`AdaptiveROIPooler` before it."""
         head = f"ROI_{branch.upper()}_HEAD"
         branch_on = branch == "box" or cfg.MODEL[f"{branch.upper()}_ON"]
-        if not branch_on or not checked(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
+        if not branch_on or not read_choice(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
             return init_head(cfg, input_shape)
         pooler = AdaptiveROIPooler(cfg, input_shape, head)
         # The parent sizes the head by the width of the levels and the pooler's resolution, so it

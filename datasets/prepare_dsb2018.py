@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""
+Prepare the nuclei of configs/DSB2018: download stage1_train.zip of BBBC038v1 from
+https://bbbc.broadinstitute.org/BBBC038 (CC0), and name it here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import uuid
+import zipfile
+import zlib
+from collections import defaultdict
+from io import BytesIO
+from typing import Dict, List, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_util
+from tqdm import tqdm
+
+from panet_d2 import cli
+from panet_d2.errors import DataError
+
+# One image in nine validates; which ones follows from their names alone.
+_VALIDATION_SHARE = 9
+# What Pillow raises for broken images, and zipfile for damaged ones.
+_UNREADABLE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
+
+
+def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
+    """
+    Write the training set of the competition's first stage (BBBC038v1 of the Broad Bioimage
+    Benchmark Collection, CC0) as ``dsb2018_train`` and ``dsb2018_val`` of ``configs/DSB2018``.
+
+    Args:
+        source (str): ``stage1_train.zip``, or the folder that it was unpacked into. For each image
+            it has ``<image>/images/<image>.png``, and in ``<image>/masks/`` a PNG for each nucleus.
+        root (str): the folder that ``DETECTRON2_DATASETS`` names; ``dsb2018`` is made in it.
+
+    Returns:
+        dict[str, tuple[int, int]]: images and nuclei of "train" and "val".
+
+    Raises:
+        DataError: if the source is not what it should be; the message names the file.
+        FileExistsError: if ``dsb2018`` is there already.
+    """
+    target = os.path.join(root, "dsb2018")
+    if os.path.exists(target):
+        raise FileExistsError(f"{target} is there already; remove it to have it made anew.")
+    images, read = _index(source)
+    os.makedirs(root, exist_ok=True)
+    unfinished = f"{target}.tmp-{uuid.uuid4().hex}"  # there as a whole, or not at all
+    contents = {split: _content() for split in ("train", "val")}
+    try:
+        for split in contents:
+            os.makedirs(os.path.join(unfinished, split))
+        os.makedirs(os.path.join(unfinished, "annotations"))
+        for index, name in enumerate(tqdm(sorted(images), desc="dsb2018", unit="image"), 1):
+            split = "train" if zlib.crc32(name.encode()) % _VALIDATION_SHARE else "val"
+            _add(contents[split], index, name, images[name], read, os.path.join(unfinished, split))
+        for split, content in contents.items():
+            path = os.path.join(unfinished, "annotations", f"instances_{split}.json")
+            with open(path, "w") as f:
+                json.dump(content, f)
+        os.rename(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return {s: (len(c["images"]), len(c["annotations"])) for s, c in contents.items()}
+
+
+def _content() -> dict:
+    return {
+        "info": {"description": "2018 Data Science Bowl, stage 1 (BBBC038v1, CC0 1.0)"},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "nucleus"}],
+    }
+
+
+def _index(source: str):
+    """The PNGs of each image, the picture itself first, and a function that reads one of them."""
+    if os.path.isdir(source):
+        names = [
+            os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
+            for folder, _, files in os.walk(source)
+            for name in files
+        ]
+
+        def read(name: str) -> Image.Image:
+            return Image.open(os.path.join(source, name))
+
+    else:
+        try:
+            archive = zipfile.ZipFile(source)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise DataError(f"{source} is neither a folder nor a zip file: {e}") from e
+        names = archive.namelist()
+
+        def read(name: str) -> Image.Image:
+            return Image.open(BytesIO(archive.read(name)))
+
+    pictures: Dict[str, List[str]] = defaultdict(list)
+    masks: Dict[str, List[str]] = defaultdict(list)
+    for name in sorted(names):
+        parts = name.split("/")
+        if name.endswith(".png") and len(parts) >= 3 and parts[-2] in ("images", "masks"):
+            (pictures if parts[-2] == "images" else masks)[parts[-3]].append(name)
+    if not pictures:
+        raise DataError(f"{source} has no <image>/images/<image>.png in it.")
+    for image, files in pictures.items():
+        if len(files) != 1:
+            raise DataError(f"{source}: {image} has {len(files)} pictures: {', '.join(files)}.")
+        if not masks[image]:
+            raise DataError(f"{source}: {image} has no masks; stage1_train has some for each.")
+    return {image: files + masks[image] for image, files in pictures.items()}, read
+
+
+def _add(content: dict, index: int, name: str, files: List[str], read, folder: str) -> None:
+    picture, *masks = files
+    try:
+        image = read(picture).convert("RGB")  # they have an alpha channel that is opaque
+    except _UNREADABLE as e:
+        raise DataError(f"cannot read {picture}: {e}") from e
+    image.save(os.path.join(folder, f"{name}.png"))
+    width, height = image.size
+    content["images"].append(
+        {"id": index, "file_name": f"{name}.png", "height": height, "width": width}
+    )
+    for file in masks:
+        try:
+            mask = np.array(read(file).convert("L")) > 127
+        except _UNREADABLE as e:
+            raise DataError(f"cannot read {file}: {e}") from e
+        if mask.shape != (height, width):
+            raise DataError(f"{file} is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}.")
+        if not mask.any():
+            continue
+        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        content["annotations"].append(
+            {
+                "id": len(content["annotations"]) + 1,
+                "image_id": index,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": int(mask.sum()),
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+        )
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="stage1_train.zip, or the folder that it was unpacked into")
+    parser.add_argument(
+        "--root",
+        default=os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")),
+        help="folder of the datasets, in which dsb2018 is made; DETECTRON2_DATASETS by default",
+    )
+    args = parser.parse_args(argv)
+    for split, (images, nuclei) in prepare_dsb2018(args.source, args.root).items():
+        print(f"dsb2018_{split}: {images} images, {nuclei} nuclei")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,254 @@
+#!/usr/bin/env python
+"""
+The paper's ablation: train the rungs from Mask R-CNN to PANet, and the side questions, with
+several seeds; then the table, with its uncertainty. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+from statistics import median
+from typing import Callable, Dict, List, Optional
+
+from detectron2.modeling import build_model
+
+from experiments.ablation.report import load_results, plot_curves, plot_differences, table
+from experiments.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
+from experiments.ablation.runner import Run, pretrained_resnet, run_all
+from experiments.benchmark.models import (
+    FIXED_COUNTS,
+    images,
+    imitate_trained,
+    model_size,
+    set_score_threshold,
+)
+from experiments.benchmark.tasks import inference, training_step
+from experiments.benchmark.timing import interleaved
+from panet_d2 import cli
+from panet_d2.checkpoint import atomic_open
+from panet_d2.engine import setup_config
+from panet_d2.engine.hooks import STOPPED
+from panet_d2.errors import DataError
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+RESULTS = "experiments/results/ablation"
+DOCUMENT = os.path.join(ROOT, RESULTS, "README.md")
+TRAIN_NET = os.path.join(ROOT, "train_net.py")
+BASELINES = {
+    "dsb2018": os.path.join(ROOT, "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml"),
+    "shapes": os.path.join(ROOT, "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"),
+}
+EVALUATIONS = 6  # points of a run's curve
+# For runs that start from a trained ResNet: as far frozen as Detectron2's own are, and with what
+# made the baseline best in trials with seed 0.
+FINE_TUNING = [
+    *("MODEL.BACKBONE.FREEZE_AT", "2", "SOLVER.BASE_LR", "0.0012"),
+    *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+]
+# A warm-up of a sixth of the documented runs: after one of 50 steps most units of the heavier box
+# head are dead. Fewer proposals take a quarter off the time of Mask R-CNN's step, nearly half off
+# the whole PANet's; the shapes' config says the same.
+FINE_TUNING_ON = {
+    "shapes": ["SOLVER.WARMUP_ITERS", "500"],
+    "dsb2018": ["SOLVER.WARMUP_ITERS", "200", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"],
+}
+QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 150}
+
+
+def recorded_opts(results: str, rungs: List[str]) -> Dict[str, List[str]]:
+    """The overrides that the runs of each rung were made with; of those rungs that have runs."""
+    runs = {name: seeds for name, seeds in load_results(results).items() if name in rungs}
+    recorded = {name: next(iter(seeds.values()))["settings"] for name, seeds in runs.items()}
+    unused = ("config", "MODEL.WEIGHTS")  # weights change neither size nor time
+    return {
+        name: [part for k, v in settings.items() if k not in unused for part in (k, v)]
+        for name, settings in recorded.items()
+    }
+
+
+def describe_models(config_file: str, opts: Dict[str, List[str]]) -> Dict[str, dict]:
+    """Parameters of each rung, and GFLOPs for an image of 256 x 256."""
+    return {
+        name: model_size(
+            setup_config(config_file, [*of_rung, "MODEL.DEVICE", "cpu"], needed=()), 256, 256
+        )
+        for name, of_rung in opts.items()
+    }
+
+
+def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> Dict[str, dict]:
+    """
+    Seconds of a training step and of an inference, all models in turn, medians of many. The
+    weights are random, so all get the same number of proposals and detections.
+    """
+    models = {}
+    for name, of_rung in opts.items():
+        cfg = setup_config(config_file, [*of_rung, *FIXED_COUNTS], needed=())
+        models[name] = imitate_trained(build_model(cfg))
+    inputs = images(cfg.SOLVER.IMS_PER_BATCH, 256, 256, classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    times: Dict[str, dict] = {name: {} for name in opts}
+
+    def measure(key: str, runs: Dict[str, Callable]) -> None:
+        for name, seconds in interleaved(runs, cfg.MODEL.DEVICE, repeats, warmup=2).items():
+            times[name][key] = median(seconds)
+
+    measure("seconds_per_step", {n: training_step(m, inputs) for n, m in models.items()})
+    for model in models.values():  # only now: training moves the statistics of batch norm
+        set_score_threshold(model, inputs)
+    measure("seconds_per_image", {n: inference(m, inputs[:1]) for n, m in models.items()})
+    return times
+
+
+def report(results: str, models: Dict[str, dict], document: Optional[str]) -> str:
+    """
+    Draw the plots, and put the table into the document, if there is one, between the marks that
+    have the name of the folder of results. Returns the table.
+    """
+    runs = load_results(results)
+    rows = table(runs, models)
+    plot_curves(runs, os.path.join(results, "curves.png"))
+    plot_differences(runs, os.path.join(results, "differences.png"))
+    if not document:
+        return rows
+    with open(document, encoding="utf-8") as f:
+        text = f.read()
+    name = os.path.basename(results)
+    marks = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
+    if not re.search(marks, text, flags=re.S):
+        raise DataError(f"{document} has no place between <!-- table {name} --> and <!-- end -->.")
+    text = re.sub(marks, lambda m: f"{m[1]}\n{rows}\n{m[2]}", text, flags=re.S)
+    with open(document, "w", encoding="utf-8") as f:
+        f.write(text)
+    return rows
+
+
+def read_models(results: str) -> Dict[str, dict]:
+    """Sizes and times of the rungs, as far as they were measured."""
+    path = os.path.join(results, "models.json")
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def write_models(results: str, models: Dict[str, dict]) -> None:
+    with atomic_open(os.path.join(results, "models.json")) as f:
+        json.dump(models, f, indent=1)
+        f.write("\n")
+
+
+def schedule(steps: int) -> List[str]:
+    """Config overrides for so many steps, the learning rate dropping where the configs' does."""
+    drops = [steps * 3 // 4, steps * 37 // 40]
+    return ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", str(drops)]
+
+
+def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
+    """Make the JSON files that are missing."""
+    opts = [*FINE_TUNING, *FINE_TUNING_ON[args.data]] if args.pretrain else []
+    opts += [*(schedule(args.steps) if args.steps else []), *args.opts]
+    cfg = setup_config(config_file, opts)
+    steps = cfg.SOLVER.MAX_ITER
+    period = 0 if args.quick else max(1, steps // EVALUATIONS)
+    opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
+    work = os.path.join(args.work, os.path.basename(results))
+    os.makedirs(results, exist_ok=True)
+    resnet_norm = None
+    if args.pretrain:
+        # The ResNet's own is batch norm whatever the neck and the heads have, as ImageNet's have.
+        resnet_norm = args.norm if args.norm.endswith("BN") else "BN"
+        baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", resnet_norm)
+        # Named by its length, so that no run starts from a ResNet of another.
+        name = f"pretrain{args.pretrain}"
+        run = Run(name, 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
+        resnet = pretrained_resnet(run, work, results, TRAIN_NET)
+        opts += ["MODEL.WEIGHTS", resnet]
+    # Seed by seed, so that a part of the work is a whole ladder.
+    runs = [
+        Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm, resnet_norm), *opts))
+        for seed in args.seeds
+        for rung in args.rungs
+    ]
+    return run_all(runs, work, results, TRAIN_NET, args.jobs)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=list(BASELINES), default="dsb2018")
+    parser.add_argument("--config-file", help="another baseline, a Mask R-CNN with a 2fc head")
+    parser.add_argument(
+        "--groups", nargs="+", choices=list(GROUPS), help="the ladder; with --time, all with runs"
+    )
+    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="instead of groups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, help="length of each run; the config's by default")
+    parser.add_argument(
+        "--pretrain",
+        type=int,
+        metavar="STEPS",
+        help="let all start from the ResNet of a Mask R-CNN that was trained so long before",
+    )
+    parser.add_argument(
+        "--norm",
+        default="GN",
+        help="of neck and heads: SyncBN on several GPUs",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", help=f"JSON files and plots; {RESULTS}/DATA by default")
+    parser.add_argument("--work", default="output/ablation", help="output folders of the runs")
+    parser.add_argument(
+        "--document", help=f"to write the table into; {RESULTS}/README.md without --results"
+    )
+    parser.add_argument("--report", action="store_true", help="only write the table and the plots")
+    parser.add_argument(
+        "--time",
+        type=int,
+        metavar="REPEATS",
+        help="train nothing: time the models side by side, on a machine that does nothing else",
+    )
+    parser.add_argument("--quick", action="store_true", help="two rungs, once, in minutes")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="for every run, that of --pretrain too"
+    )
+    args = parser.parse_args(argv)
+    # As an exception, so that the runs end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    if args.quick:
+        args.data, args.results = "shapes", args.results or "output/ablation/quick"
+        for key, value in QUICK.items():
+            setattr(args, key, value)
+    groups = args.groups or (list(GROUPS) if args.time else ["ladder"])
+    args.rungs = args.rungs or [name for group in groups for name in GROUPS[group]]
+    document = args.document or (None if args.results else DOCUMENT)
+    # Its name is that of its place in the document and of the folder of its runs.
+    results = os.path.abspath(args.results or os.path.join(ROOT, RESULTS, args.data))
+    config_file = args.config_file or BASELINES[args.data]
+    models = read_models(results)
+    if args.time:
+        opts = recorded_opts(results, args.rungs)
+        if not opts:
+            raise DataError(f"{results} has no runs of {', '.join(args.rungs)} to time.")
+        for name, times in time_models(config_file, opts, args.time).items():
+            models.setdefault(name, {}).update(times)
+    elif not args.report:
+        failures = train(args, config_file, results)
+        if failures:
+            print("\n".join(f"error: {line}" for line in failures), file=sys.stderr)
+            return 1
+    if not args.report:
+        unknown = [name for name in RUNGS if "gflops" not in models.get(name, {})]
+        sizes = describe_models(config_file, recorded_opts(results, unknown))
+        for name, size in sizes.items():
+            models.setdefault(name, {}).update(size)
+        write_models(results, models)
+    print(report(results, models, document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,154 @@
+"""The rungs of the paper's ablation, as overrides of a Mask R-CNN's config."""
+
+from __future__ import annotations
+
+from typing import Dict, FrozenSet, List, Optional, Sequence
+
+__all__ = ["GROUPS", "LADDER", "PARTS", "RUNGS", "Rung", "overrides"]
+
+# In the order of the paper's Table 3.
+PARTS: Dict[str, str] = {
+    "mst": "multi-scale training",
+    "norm": "norms, trained along",
+    "bpa": "bottom-up path augmentation",
+    "afp": "adaptive feature pooling",
+    "ff": "fully-connected fusion",
+    "hhd": "heavier box head",
+}
+_ALL = frozenset(PARTS)
+_IDEAS = frozenset(["bpa", "afp", "ff"])
+_AFP_KEYS = tuple(f"MODEL.ROI_{head}_HEAD.AFP" for head in ("BOX", "MASK"))
+
+
+class Rung:
+    """One model of the ablation."""
+
+    def __init__(
+        self,
+        title: str,
+        parts: FrozenSet[str],
+        fusion: str = "max",
+        fuse_first: bool = False,
+        compared_with: str = "",
+    ):
+        """
+        Args:
+            title (str): for tables.
+            parts (set[str]): which of :data:`PARTS` it has.
+            fusion (str): of the levels, where it has "afp".
+            fuse_first (bool): fuse before the heads' first layer instead of after it.
+            compared_with (str): name of the rung that it is compared with.
+        """
+        self.title = title
+        self.parts = parts
+        self.fusion = fusion
+        self.fuse_first = fuse_first
+        self.compared_with = compared_with
+
+
+def _ladder() -> Dict[str, Rung]:
+    rungs = {"baseline": Rung("Mask R-CNN", frozenset())}
+    parts: List[str] = []
+    for part in PARTS:
+        previous = list(rungs)[-1]
+        parts.append(part)
+        rungs[f"+{part}"] = Rung(f"+ {PARTS[part]}", frozenset(parts), compared_with=previous)
+    return rungs
+
+
+LADDER: Dict[str, Rung] = _ladder()
+_FULL = list(LADDER)[-1]
+LADDER[_FULL].title += " = the whole PANet"
+
+GROUPS: Dict[str, Dict[str, Rung]] = {
+    "ladder": LADDER,
+    "alone": {
+        f"only_{part}": Rung(f"only {title}", frozenset([part]), compared_with="baseline")
+        for part, title in PARTS.items()
+    },
+    "without": {
+        f"no_{part}": Rung(f"all but {title}", _ALL - {part}, compared_with=_FULL)
+        for part, title in PARTS.items()
+    },
+    # What the paper adds to the model itself, without what it trains with and the bigger box head;
+    # and beside a Mask R-CNN that has the norm as well.
+    "ideas": {
+        "ideas": Rung("the three ideas", _IDEAS, compared_with="baseline"),
+        "normed_ideas": Rung(
+            "the three ideas, with norms", _IDEAS | {"norm"}, compared_with="only_norm"
+        ),
+    },
+    "fusion": {
+        f"{'before' if before else 'after'}_{fusion}": Rung(
+            f"{fusion} {'before' if before else 'behind'} the first layer",
+            _ALL,
+            fusion,
+            before,
+            compared_with=_FULL,
+        )
+        for before in (False, True)
+        for fusion in ("max", "sum", "mean", "product")
+        if before or fusion != "max"  # that is the whole model
+    },
+}
+
+RUNGS: Dict[str, Rung] = {name: rung for group in GROUPS.values() for name, rung in group.items()}
+
+
+def overrides(
+    rung: Rung,
+    norm: str = "GN",
+    resnet_norm: Optional[str] = None,
+    scales: Sequence[int] = (192, 224, 256, 288, 320),
+) -> List:
+    """
+    Args:
+        rung (Rung): the model.
+        norm (str): that "norm" puts into neck and heads: "SyncBN" on several GPUs, as in the
+            paper, "GN" on one.
+        resnet_norm (str): of a pretrained ResNet: "norm" trains it along, which is what the
+            paper does, and without "norm" it is frozen. None for a ResNet from scratch, which
+            has the config's.
+        scales (sequence[int]): shorter sides of the training images, that "mst" draws from: a list
+            as in Detectron2's configs, of multiples of the neck's stride, and one size for each
+            batch. The images are then not padded, as they are not at inference; GroupNorm's
+            statistics are of the padded map.
+
+    Returns:
+        list: KEY VALUE KEY VALUE …, for a config of a Mask R-CNN with a 2fc box head.
+    """
+    has = rung.parts.__contains__
+    opts: Dict[str, object] = {}
+    if has("mst"):
+        opts["INPUT.MIN_SIZE_TRAIN"] = list(scales)
+        opts["INPUT.SAME_SIZE_PER_BATCH"] = True
+    if resnet_norm:
+        opts["MODEL.RESNETS.NORM"] = resnet_norm if has("norm") else "FrozenBN"
+    opts["MODEL.FPN.NORM"] = norm if has("norm") else ""
+    opts["MODEL.ROI_BOX_HEAD.NORM"] = norm if has("norm") else ""
+    opts["MODEL.ROI_MASK_HEAD.NORM"] = norm if has("norm") else ""
+    # The release has a norm behind both layers of its 2fc head, but none behind the one fc layer
+    # that follows four convs.
+    if has("norm") and not has("hhd"):
+        opts["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCNormHead"
+    if has("bpa"):
+        opts["MODEL.BACKBONE.NAME"] = "build_resnet_pafpn_backbone"
+    # The first layer of each head is the adaptation layer, where fusion stands behind it.
+    moved = 1 if has("afp") and not rung.fuse_first else 0
+    convs, fcs = (4, 1) if has("hhd") else (0, 2)
+    opts["MODEL.ROI_BOX_HEAD.NUM_CONV"] = convs - moved if convs else 0
+    opts["MODEL.ROI_BOX_HEAD.NUM_FC"] = fcs if convs else fcs - moved
+    opts["MODEL.ROI_MASK_HEAD.NUM_CONV"] = 4 - moved
+    if has("hhd"):
+        opts["MODEL.ROI_BOX_HEAD.CONV_DIM"] = 64
+    if has("afp"):
+        opts["MODEL.ROI_HEADS.NAME"] = "PANetROIHeads"
+        for key in _AFP_KEYS:
+            opts[f"{key}.ENABLED"] = True
+            opts[f"{key}.FUSION"] = rung.fusion
+            opts[f"{key}.ADAPTATION"] = "none" if rung.fuse_first else "conv"
+        if not convs and not rung.fuse_first:
+            opts["MODEL.ROI_BOX_HEAD.AFP.ADAPTATION"] = "fc"
+    if has("ff"):
+        opts["MODEL.ROI_MASK_HEAD.NAME"] = "PANetMaskHead"
+    return [part for pair in opts.items() for part in pair]

@@ -1,0 +1,280 @@
+"""What the benchmark compares: Mask R-CNN, PANet, and PANet as one would write it at first."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import convert_boxes_to_pooler_format
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.env import seed_all_rng
+from fvcore.nn.jit_handles import bmm_flop_jit
+from torch import nn
+
+from panet_d2.modeling import AdaptiveROIPooler
+
+from .timing import PartTimes
+
+__all__ = [
+    "FIXED_COUNTS",
+    "HEADS",
+    "NaivePooler",
+    "build_models",
+    "count_flops",
+    "images",
+    "model_size",
+    "part_times",
+    "set_score_threshold",
+    "imitate_trained",
+]
+
+# Overrides that make a Mask R-CNN of the same heads out of a PANet's config, by the kind of box
+# head; and those that give the PANet that head.
+_MASK_RCNN = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 4),
+)
+HEADS: Dict[str, Tuple[tuple, tuple]] = {
+    "2fc": (
+        (*_MASK_RCNN, "MODEL.ROI_BOX_HEAD.NUM_CONV", 0, "MODEL.ROI_BOX_HEAD.NUM_FC", 2),
+        (
+            *("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "fc"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", 0, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        ),
+    ),
+    "4conv1fc": (
+        (*_MASK_RCNN, "MODEL.ROI_BOX_HEAD.NUM_CONV", 4, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        (
+            *("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", 3, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+        ),
+    ),
+}
+
+# With random weights, non-maximum suppression would leave any number of proposals and detections,
+# and another one for each model. At this threshold it leaves as many as the config allows, which is
+# what a trained model has; and as many from each level, so that they are of all sizes.
+FIXED_COUNTS = (
+    *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
+)
+
+# Candidates of a trained model that reach its non-maximum suppression, boxes times classes.
+_CANDIDATES = 300
+
+
+class NaivePooler(nn.Module):
+    """
+    Adaptive feature pooling as a loop: for each level torchvision's RoIAlign, a layer, a ReLU;
+    then a stack of all, and the fusion of that. The weights are another pooler's.
+    """
+
+    def __init__(self, pooler: AdaptiveROIPooler):
+        """
+        Args:
+            pooler (AdaptiveROIPooler): with fusion "max" and layers "conv" or "fc".
+
+        Raises:
+            ValueError: for another fusion, or no layers.
+        """
+        super().__init__()
+        if pooler.fusion != "max" or pooler.adaptation == "none":
+            raise ValueError(f"fusion {pooler.fusion!r} after {pooler.adaptation!r} is not here.")
+        self.adaptation = pooler.adaptation
+        self.level_poolers = pooler.level_poolers
+        weights = pooler.adaptation_layers.weight.detach().chunk(len(pooler.scales))
+        biases = pooler.adaptation_layers.bias.detach().chunk(len(pooler.scales))
+        self.layers = nn.ModuleList()
+        for weight, bias in zip(weights, biases):
+            out_channels, in_channels = weight.shape[:2]
+            if self.adaptation == "fc":
+                layer: nn.Module = nn.Linear(in_channels, out_channels)
+            else:
+                layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            self.layers.append(layer)
+
+    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """As :meth:`AdaptiveROIPooler.forward`."""
+        boxes = convert_boxes_to_pooler_format(box_lists)
+        levels = []
+        for feature, pooler, layer in zip(x, self.level_poolers, self.layers):
+            grid = pooler(feature, boxes)
+            if self.adaptation == "fc":
+                grid = grid.flatten(start_dim=1)
+            levels.append(layer(grid).relu())
+        fused = torch.stack(levels).amax(dim=0)
+        return fused[:, :, None, None] if self.adaptation == "fc" else fused
+
+
+def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
+    """
+    Args:
+        cfg (CfgNode): the config of a PANet without norms in its heads.
+        head (str): a key of :data:`HEADS`.
+
+    Returns:
+        dict[str, nn.Module]: "Mask R-CNN", "naive PANet" and "PANet", with random weights; both
+        PANets have the same.
+    """
+    baseline, panet = HEADS[head]
+    models = {}
+    for name, opts in (("Mask R-CNN", baseline), ("naive PANet", panet), ("PANet", panet)):
+        changed = cfg.clone()
+        changed.defrost()
+        changed.merge_from_list([*opts, *FIXED_COUNTS, "MODEL.WEIGHTS", ""])
+        if name == "Mask R-CNN":
+            for head_node in (changed.MODEL.ROI_BOX_HEAD, changed.MODEL.ROI_MASK_HEAD):
+                head_node.AFP.ENABLED = False
+        seed_all_rng(0)
+        models[name] = imitate_trained(build_model(changed))
+    heads = models["naive PANet"].roi_heads
+    for pooler in ("box_pooler", "mask_pooler"):
+        naive = NaivePooler(getattr(heads, pooler)).to(cfg.MODEL.DEVICE)
+        setattr(heads, pooler, naive)
+    return models
+
+
+def images(count: int, height: int, width: int, objects: int = 10, classes: int = 1) -> List[dict]:
+    """
+    Args:
+        count, height, width, objects (int): how many random images of which size, with how many
+            random rectangles each.
+        classes (int): of the rectangles.
+
+    Returns:
+        list[dict]: inputs for training or inference.
+    """
+    rng = np.random.default_rng(0)
+    inputs = []
+    for _ in range(count):
+        corner = rng.uniform(0, 0.6, (objects, 2)) * (width, height)
+        size = rng.uniform(0.05, 0.4, (objects, 2)) * (width, height)
+        boxes = np.concatenate([corner, corner + size], axis=1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        instances.gt_classes = torch.from_numpy(rng.integers(0, classes, objects))
+        instances.gt_masks = PolygonMasks(
+            [[np.array([x0, y0, x1, y0, x1, y1, x0, y1])] for x0, y0, x1, y1 in boxes]
+        )
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width))).float()
+        inputs.append({"image": image, "height": height, "width": width, "instances": instances})
+    return inputs
+
+
+@torch.no_grad()
+def imitate_trained(model: nn.Module) -> nn.Module:
+    """
+    Make a model with random weights behave as a trained one where its cost depends on it.
+
+    Args:
+        model (nn.Module): changed in place. Its residual blocks pass on what they get, without
+            which the features would grow beyond bounds; and boxes are not moved, so that proposals
+            are anchors and detections are proposals.
+
+    Returns:
+        nn.Module: the same.
+    """
+    for block in model.backbone.bottom_up.modules():
+        if hasattr(block, "shortcut"):  # a residual block, whatever its kind
+            last = block.conv3 if hasattr(block, "conv3") else block.conv2
+            last.norm.weight.zero_()
+    model.proposal_generator.rpn_head.anchor_deltas.weight.zero_()
+    model.roi_heads.box_predictor.bbox_pred.weight.zero_()
+    return model
+
+
+@torch.no_grad()
+def set_score_threshold(model: nn.Module, inputs: List[dict]) -> None:
+    """
+    Set a model's score threshold so that as many boxes pass it as with a trained model. With
+    random weights no score is near the usual threshold, and there would be no masks to predict.
+    """
+    seen = []
+    hook = model.roi_heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[2]))
+    model.eval()(inputs[:1])
+    hook.remove()
+    probabilities = seen[0][0].float().softmax(dim=1)[:, :-1].flatten()
+    count = min(_CANDIDATES + 1, len(probabilities))
+    threshold = probabilities.topk(count).values[-1].item()
+    model.roi_heads.box_predictor.test_score_thresh = threshold
+
+
+def count_flops(model: nn.Module, inputs: List[dict]) -> float:
+    """
+    Args:
+        model (nn.Module): any model of Detectron2, for inference.
+        inputs (list[dict]): one image.
+
+    Returns:
+        float: multiplications with an addition, of convs and matrix products, as fvcore counts.
+    """
+    analysis = FlopCountAnalysis(model, [{"image": inputs[0]["image"]}])
+    # fvcore knows the product, but not the one with a bias.
+    analysis.set_op_handle("aten::baddbmm", lambda ins, outs: bmm_flop_jit(ins[1:3], outs))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.total()
+
+
+def model_size(cfg: CfgNode, height: int, width: int) -> Dict[str, float]:
+    """
+    Args:
+        cfg (CfgNode): of a model of Mask R-CNN's kind.
+        height, width (int): of an image.
+
+    Returns:
+        dict[str, float]: "million_parameters", and the "gflops" of inference, see
+        :func:`count_flops`, with as many proposals and detections as a trained model has.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([*FIXED_COUNTS, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+    model, inputs = imitate_trained(build_model(cfg)).eval(), images(1, height, width)
+    set_score_threshold(model, inputs)
+    return {
+        "gflops": count_flops(model, inputs) / 1e9,
+        "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+    }
+
+
+@contextmanager
+def part_times(model: nn.Module, device: str) -> Iterator[PartTimes]:
+    """
+    Args:
+        model (nn.Module): one of :func:`build_models`.
+        device (str): where it runs.
+
+    Yields:
+        PartTimes: counts the calls of the model within the context, by part.
+    """
+    times = PartTimes(device)
+    heads = model.roi_heads
+    undo = [
+        times.wrap(model, "forward", "other"),
+        times.wrap(type(model), "_postprocess", "post-processing"),  # which calls it by the class
+        times.wrap(model.backbone, "forward", "neck"),
+        times.wrap(model.backbone.bottom_up, "forward", "backbone"),
+        times.wrap(model.proposal_generator, "forward", "RPN"),
+        times.wrap(heads.box_predictor, "inference", "post-processing"),
+        times.wrap(heads.box_head, "forward", "heads"),
+        times.wrap(heads.box_predictor, "forward", "heads"),
+        times.wrap(heads.mask_head, "forward", "heads"),
+    ]
+    for pooler in (heads.box_pooler, heads.mask_pooler):
+        undo.append(times.wrap(pooler, "forward", "pooling"))
+        if isinstance(pooler, AdaptiveROIPooler):
+            undo += [times.wrap(pooler, name, "adaptation") for name in ("adapt", "fuse")]
+        elif isinstance(pooler, NaivePooler):
+            undo += [times.wrap(layer, "forward", "adaptation") for layer in pooler.layers]
+    try:
+        yield times
+    finally:
+        for restore in reversed(undo):
+            restore()

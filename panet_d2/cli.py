@@ -1,0 +1,44 @@
+"""How the command-line tools end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Callable, Optional, Tuple, Type
+
+from .errors import PanetError
+
+__all__ = ["FAILED", "INTERRUPTED", "run"]
+
+FAILED = 1  # argparse ends with 2
+INTERRUPTED = 130  # a shell's status for a program that Ctrl-C ends
+
+
+def run(
+    main: Callable[..., Optional[int]],
+    *args: Any,
+    errors: Tuple[Type[Exception], ...] = (PanetError, OSError),
+) -> int:
+    """
+    Run a command-line tool. An error that the user can fix becomes one sentence on stderr, or a
+    traceback if the environment variable ``PANET_D2_DEBUG`` is 1. Any other error keeps its
+    traceback.
+
+    Args:
+        main (callable): the tool. It returns an exit status, or None for 0.
+        args: its arguments.
+        errors (tuple[type]): the errors that the user can fix.
+
+    Returns:
+        int: the exit status; :data:`FAILED` after an error.
+    """
+    try:
+        return main(*args) or 0
+    except errors as e:
+        if os.environ.get("PANET_D2_DEBUG") == "1":
+            raise
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
