@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .._detectron2 import LoadHooks
 from ..errors import CheckpointError
 from .atomic import AtomicPathManager
 
@@ -16,7 +17,7 @@ __all__ = ["RunCheckpointer", "StrictCheckpointer", "join_names"]
 _NAMES_SHOWN = 20
 
 
-class StrictCheckpointer(DetectionCheckpointer):
+class StrictCheckpointer(LoadHooks):
     """
     A :class:`DetectionCheckpointer` that raises where its parent logs and goes on with layers
     that were not loaded: right for evaluating, predicting and resuming.
@@ -83,15 +84,15 @@ class StrictCheckpointer(DetectionCheckpointer):
                 f"cannot get {address}, which MODEL.WEIGHTS names: {reason}"
             ) from e
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def read_file(self, filename: str) -> Dict[str, Any]:
         try:
-            return super()._load_file(filename)
+            return super().read_file(filename)
         except Exception as e:  # torch, pickle and zipfile each raise their own
             first_line = (str(e) or type(e).__name__).splitlines()[0]
             raise CheckpointError(f"{filename} is not a checkpoint: {first_line}") from e
 
-    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
-        incompatible = super()._load_model(checkpoint)
+    def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
+        incompatible = super().load_weights(checkpoint)
         complaints = []
         for title, names in (
             ("missing from it", incompatible.missing_keys),

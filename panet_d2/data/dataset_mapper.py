@@ -9,11 +9,11 @@ from functools import cache
 from typing import Any, Dict, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import ResizeShortestEdge, TransformList
 from torch.utils.data import get_worker_info
 
+from .._detectron2 import AnnotationHook
 from ..config import read_choice
 from ..errors import ConfigError, DataError
 from .augmentation import ResizeShortestEdgePerBatch
@@ -39,7 +39,7 @@ def _wait_for_parent() -> None:
     os._exit(0)
 
 
-class NamedImageMapper(DatasetMapper):
+class NamedImageMapper(AnnotationHook):
     """
     Detectron2's mapper; what goes wrong with an image is reported with the image's name. Workers of
     a data loader that use it are ended by their parent alone, and not by anybody's SIGTERM.
@@ -86,7 +86,7 @@ class NamedImageMapper(DatasetMapper):
                 f"cannot use image {dataset_dict['file_name']}: {type(e).__name__}: {e}"
             ) from e
 
-    def _transform_annotations(
+    def transform_annotations(
         self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
     ) -> None:
         # The parent takes boxes from cropped masks, and without objects there are none to take.
@@ -94,4 +94,4 @@ class NamedImageMapper(DatasetMapper):
             del dataset_dict["annotations"]
             dataset_dict["instances"] = annotations_to_instances([], image_shape)
         else:
-            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            super().transform_annotations(dataset_dict, transforms, image_shape)

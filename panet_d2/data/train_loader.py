@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
-from detectron2.data.build import _train_loader_from_config
 from torch.utils.data import Dataset, Sampler
 
+from .._detectron2 import train_loader_from_config
 from ..config import read_choice
 from ..errors import ConfigError
 from .augmentation import images_of_batch
@@ -188,7 +188,7 @@ def build_train_loader(
             return build_detection_train_loader(cfg, mapper=mapper)
         seed, start = comm.shared_random_seed(), 0
     with seeded(seed):  # the sampler draws its seed from NumPy's generator
-        args = _train_loader_from_config(cfg, mapper=mapper)
+        args = train_loader_from_config(cfg, mapper=mapper)
     dicts, workers = args["dataset"], args["num_workers"]
     grouped = args["aspect_ratio_grouping"]
     if grouped and not all("width" in d and "height" in d for d in dicts):

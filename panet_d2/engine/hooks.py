@@ -14,6 +14,8 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, hooks
 
+from .._detectron2 import restart_precise_bn
+
 __all__ = ["STOPPED", "RestartPreciseBN", "StopOnSignal"]
 
 # What a shell says of a process that SIGTERM has ended; so that `train && next` does not go on.
@@ -36,7 +38,7 @@ class RestartPreciseBN(HookBase):
         self.hook = hook
 
     def after_step(self) -> None:
-        self.hook._data_iter = None
+        restart_precise_bn(self.hook)
 
 
 class StopOnSignal(HookBase):

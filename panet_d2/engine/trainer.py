@@ -7,7 +7,7 @@ import os
 import weakref
 from collections import OrderedDict
 from math import isfinite
-from typing import Any, Iterable, Iterator, List, Mapping, Optional
+from typing import Iterable, Iterator, List, Mapping, Optional
 
 import detectron2.utils.comm as comm
 import torch
@@ -27,6 +27,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 
+from .._detectron2 import LossHook, TrainingLoop
 from ..checkpoint import RunCheckpointer, StrictCheckpointer
 from ..config import read_choice
 from ..data import NamedImageMapper
@@ -58,17 +59,14 @@ class _LastBatch:
             yield batch
 
 
-class _FiniteLosses:
-    """For Detectron2's trainers: every process looks at its own losses, not only at their mean."""
+class _FiniteLosses(LossHook):
+    """Every process looks at its own losses, not only at their mean."""
 
-    def _write_metrics(
-        self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any
-    ) -> None:
-        losses = {name: float(value.detach()) for name, value in loss_dict.items()}
-        if not all(isfinite(value) for value in losses.values()):
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            raise FloatingPointError(f"a loss is not finite: {listed}")
-        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
+    def check_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        if not all(isfinite(value) for value in values.values()):
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(f"a loss is not finite: {text}")
 
 
 class _SimpleTrainer(_FiniteLosses, SimpleTrainer):
@@ -79,7 +77,7 @@ class _AMPTrainer(_FiniteLosses, AMPTrainer):
     pass
 
 
-class Trainer(DefaultTrainer):
+class Trainer(TrainingLoop):
     """
     Detectron2's trainer, with the evaluator picked by data set, unreadable images named, and
     checkpoints that do not fit refused.
@@ -108,7 +106,7 @@ class Trainer(DefaultTrainer):
         parallel = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **parallel)
         loop = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
-        self._trainer = loop(model, _LastBatch(loader), optimizer)
+        self.loop = loop(model, _LastBatch(loader), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -158,7 +156,7 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as e:
-            files = [image.get("file_name", "?") for image in self._trainer.data_loader.batch]
+            files = [image.get("file_name", "?") for image in self.loop.data_loader.batch]
             latest = {k: v for k, (v, _) in self.storage.latest().items() if "loss" in k}
             before = ", ".join(f"{name} {value:.4g}" for name, value in latest.items())
             raise TrainingDiverged(
@@ -262,7 +260,7 @@ class Trainer(DefaultTrainer):
         Raises:
             CheckpointError: if the checkpoint does not fit the model, or cannot be read.
         """
-        model, last = self._trainer.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
+        model, last = self.loop.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
         if resume and last:
             load_strict(model, last)  # raises where the parent would go on with half
         elif self.cfg.MODEL.WEIGHTS:
@@ -272,6 +270,6 @@ class Trainer(DefaultTrainer):
             return
         super().resume_or_load(resume)
         if self.start_iter:
-            self._trainer.reset_data_loader(
+            self.loop.reset_data_loader(
                 lambda: _LastBatch(self.build_train_loader(self.cfg, self.start_iter))
             )

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Dict
+from typing import Callable, Dict
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads
 
+from ..._detectron2 import HeadHooks
 from ...config import read_choice
 from ..poolers import AdaptiveROIPooler
 
 __all__ = ["AdaptivePoolingMixin", "PANetCascadeROIHeads", "PANetROIHeads"]
 
 
-class AdaptivePoolingMixin:
+class AdaptivePoolingMixin(HeadHooks):
     """
     Gives a :class:`StandardROIHeads` adaptive feature pooling, by config, for each branch whose
     ``AFP.ENABLED`` is true. The branches, their losses and their inference stay the parent's.
     """
 
     @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
-        return cls._with_afp(super()._init_box_head, cfg, input_shape, "box")
-
-    @classmethod
-    def _init_mask_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
-        return cls._with_afp(super()._init_mask_head, cfg, input_shape, "mask")
-
-    @classmethod
-    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
-        return cls._with_afp(super()._init_keypoint_head, cfg, input_shape, "keypoint")
-
-    @classmethod
-    def _with_afp(
-        cls, init_head, cfg: CfgNode, input_shape: Dict[str, ShapeSpec], branch: str
+    def init_head(
+        cls,
+        parent: Callable[[CfgNode, Dict[str, ShapeSpec]], dict],
+        cfg: CfgNode,
+        input_shape: Dict[str, ShapeSpec],
+        branch: str,
     ) -> dict:
-        """Run the parent's ``init_head`` and put an :class:`AdaptiveROIPooler` before it."""
+        """Run the heads' own method and replace its pooler by an :class:`AdaptiveROIPooler`."""
         head = f"ROI_{branch.upper()}_HEAD"
         branch_on = branch == "box" or cfg.MODEL[f"{branch.upper()}_ON"]
         if not branch_on or not read_choice(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
-            return init_head(cfg, input_shape)
+            return parent(cfg, input_shape)
         pooler = AdaptiveROIPooler(cfg, input_shape, head)
         # The parent sizes the head by the width of the levels and the pooler's resolution, so it
         # is shown those that come out of the adaptation layers. The plain pooler that it makes
@@ -54,7 +47,7 @@ class AdaptivePoolingMixin:
             f: ShapeSpec(channels=shape.channels, stride=input_shape[f].stride)
             for f in cfg.MODEL.ROI_HEADS.IN_FEATURES
         }
-        ret = init_head(head_cfg, head_input_shape)
+        ret = parent(head_cfg, head_input_shape)
         ret[f"{branch}_pooler"] = pooler
         return ret
 

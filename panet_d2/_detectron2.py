@@ -1,0 +1,136 @@
+"""
+Every private name of Detectron2 that this package uses, each behind a public one.
+
+All were seen in Detectron2 0.6: its main branch of August 2024 and of June 2026.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Tuple
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+
+# What build_detection_train_loader takes from a config. To change the sampler or the dataset that
+# follow from a config, they must be made first; the public function goes on to the loader.
+from detectron2.data.build import _train_loader_from_config as train_loader_from_config
+from detectron2.data.transforms import TransformList
+from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import StandardROIHeads
+
+__all__ = [
+    "AnnotationHook",
+    "HeadHooks",
+    "LoadHooks",
+    "LossHook",
+    "TrainingLoop",
+    "restart_precise_bn",
+    "train_loader_from_config",
+]
+
+# Mixins: for a type checker they are what they are mixed into.
+if TYPE_CHECKING:
+    _ROIHeads, _Loop = StandardROIHeads, SimpleTrainer
+else:
+    _ROIHeads = _Loop = object
+
+
+def restart_precise_bn(hook: hooks.PreciseBN) -> None:
+    """Let the hook begin with its loader's first batch again: it keeps its iterator for good."""
+    hook._data_iter = None
+
+
+class LoadHooks(DetectionCheckpointer):
+    """A checkpointer whose two steps of loading can be overridden: only these raise and report."""
+
+    def read_file(self, filename: str) -> Dict[str, Any]:
+        """Return what a local file holds."""
+        return super()._load_file(filename)
+
+    def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
+        """Load ``checkpoint["model"]``; return fvcore's account of what did not match."""
+        return super()._load_model(checkpoint)
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        return self.read_file(filename)
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        return self.load_weights(checkpoint)
+
+
+class AnnotationHook(DatasetMapper):
+    """A mapper whose step from annotations to instances can be overridden."""
+
+    def transform_annotations(
+        self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
+    ) -> None:
+        """Replace "annotations" in ``dataset_dict`` by "instances"."""
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
+    ) -> None:
+        self.transform_annotations(dataset_dict, transforms, image_shape)
+
+
+class LossHook(_Loop):
+    """For Detectron2's training loops: sees each process's losses; the public method only means."""
+
+    def check_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Called with the losses of each step, before they are averaged over processes."""
+
+    def _write_metrics(
+        self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any
+    ) -> None:
+        self.check_losses(loss_dict)
+        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
+
+
+class TrainingLoop(DefaultTrainer):
+    """A :class:`DefaultTrainer` whose inner training loop, with loader and model, has a name."""
+
+    @property
+    def loop(self) -> SimpleTrainer:
+        return self._trainer
+
+    @loop.setter
+    def loop(self, loop: SimpleTrainer) -> None:
+        self._trainer = loop
+
+
+class HeadHooks(_ROIHeads):
+    """ROI heads whose three ``_init_*_head``, the place to replace a pooler, are one method."""
+
+    @classmethod
+    def init_head(
+        cls,
+        parent: Callable[[CfgNode, Dict[str, ShapeSpec]], dict],
+        cfg: CfgNode,
+        input_shape: Dict[str, ShapeSpec],
+        branch: str,
+    ) -> dict:
+        """
+        Args:
+            parent (callable): the heads' own method, from config and shapes to arguments.
+            cfg, input_shape: its arguments.
+            branch (str): "box", "mask" or "keypoint".
+
+        Returns:
+            dict: arguments for the constructor.
+        """
+        return parent(cfg, input_shape)
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls.init_head(super()._init_box_head, cfg, input_shape, "box")
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls.init_head(super()._init_mask_head, cfg, input_shape, "mask")
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
+        return cls.init_head(super()._init_keypoint_head, cfg, input_shape, "keypoint")
