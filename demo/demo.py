@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from panet_d2 import cli
+from panet_d2.checkpoint import atomic_open
 from panet_d2.engine import Predictor, setup_config
 from panet_d2.errors import DataError
 
@@ -192,17 +193,6 @@ def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
 
 
-def write_json(file: str, content: Any) -> None:
-    """Write a file whole or, raising OSError, not at all."""
-    unfinished = f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, "w") as f:
-            json.dump(content, f)
-        os.replace(unfinished, file)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-
-
 def check_display() -> None:
     """Raise DataError if no window can be opened."""
     # Tried in another process, because Qt, which OpenCV may use, ends a process that it fails in.
@@ -266,7 +256,8 @@ def predict(args: argparse.Namespace) -> int:
     finally:
         writer.release()
     if args.json and len(failed) < given:
-        write_json(args.json, results)
+        with atomic_open(args.json) as f:
+            json.dump(results, f)
     if failed and given > 1:
         say(f"{len(failed)} of {given} inputs could not be used")
     return 1 if failed else 0

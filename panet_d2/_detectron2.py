@@ -19,7 +19,6 @@ from detectron2.data.build import _train_loader_from_config as train_loader_from
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import StandardROIHeads
 
 __all__ = [
     "AnnotationHook",
@@ -33,9 +32,10 @@ __all__ = [
 
 # Mixins: for a type checker they are what they are mixed into.
 if TYPE_CHECKING:
-    _ROIHeads, _Loop = StandardROIHeads, SimpleTrainer
+    from detectron2.engine import SimpleTrainer as _Loop
+    from detectron2.modeling import StandardROIHeads as _ROIHeads
 else:
-    _ROIHeads = _Loop = object
+    _Loop = _ROIHeads = object
 
 
 def restart_precise_bn(hook: hooks.PreciseBN) -> None:
@@ -45,6 +45,8 @@ def restart_precise_bn(hook: hooks.PreciseBN) -> None:
 
 class LoadHooks(DetectionCheckpointer):
     """A checkpointer whose two steps of loading can be overridden: only these raise and report."""
+
+    path_manager: Any
 
     def read_file(self, filename: str) -> Dict[str, Any]:
         """Return what a local file holds."""

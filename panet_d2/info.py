@@ -17,12 +17,17 @@ from detectron2.utils.collect_env import collect_env_info
 from tabulate import tabulate
 
 from . import __version__
-from .layers.multilevel_roi_align import _implementation
+from .layers.multilevel_roi_align import implementation
 
 __all__ = ["ENVIRONMENT", "collect_info", "main"]
 
 # Every environment variable that the package reads, but for those that torchrun sets.
-ENVIRONMENT = ("DETECTRON2_DATASETS", "PANET_D2_CACHE", "PANET_D2_ROI_ALIGN")
+ENVIRONMENT = (
+    "DETECTRON2_DATASETS",
+    "PANET_D2_CACHE",
+    "PANET_D2_DEBUG",
+    "PANET_D2_ROI_ALIGN",
+)
 
 
 def collect_info() -> Dict[str, Optional[str]]:
@@ -52,7 +57,7 @@ def collect_info() -> Dict[str, Optional[str]]:
     for device, name in devices.items():
         info[device] = name
         # As the models have it: in float32 (half precision goes the same way), two samples.
-        info[f"RoIAlign on {device}"] = _implementation([torch.zeros(1, 1, 1, 1).to(device)], 2)
+        info[f"RoIAlign on {device}"] = implementation([torch.zeros(1, 1, 1, 1).to(device)], 2)
     info.update((f"${variable}", os.environ.get(variable)) for variable in ENVIRONMENT)
     return info
 

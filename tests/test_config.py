@@ -49,7 +49,7 @@ def test_importing_the_package_registers_everything():
         "from detectron2.data import DatasetCatalog\n"
         "from detectron2.modeling import BACKBONE_REGISTRY, ROI_BOX_HEAD_REGISTRY\n"
         "from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY\n"
-        "assert 'shapes_train' in DatasetCatalog and 'shapes_val' in DatasetCatalog\n"
+        "assert 'panet_shapes_train' in DatasetCatalog and 'panet_shapes_val' in DatasetCatalog\n"
         "BACKBONE_REGISTRY.get('build_resnet_pafpn_backbone')\n"
         "ROI_HEADS_REGISTRY.get('PANetROIHeads')\n"
         "ROI_BOX_HEAD_REGISTRY.get('FastRCNNConvFCNormHead')\n"

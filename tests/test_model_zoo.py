@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def test_a_checkout_has_its_own_configs():
 def test_same_functions_as_detectron2s():
     assert set(model_zoo.__all__) == set(detectron2_zoo.__all__)
     for name in model_zoo.__all__:
-        ours, theirs = (getattr(zoo, name).__code__ for zoo in (model_zoo, detectron2_zoo))
-        count = ours.co_argcount
-        assert ours.co_varnames[:count] == theirs.co_varnames[: theirs.co_argcount], name
+        ours, theirs = (signature(getattr(zoo, name)) for zoo in (model_zoo, detectron2_zoo))
+        arguments = [(p.name, p.kind, p.default) for p in ours.parameters.values()]
+        assert arguments == [(p.name, p.kind, p.default) for p in theirs.parameters.values()], name
 
 
 @pytest.mark.parametrize("function", [model_zoo.get_config_file, model_zoo.get])

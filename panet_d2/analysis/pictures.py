@@ -162,7 +162,8 @@ def _label(
         lines = [*range(first, height + 1), *range(first - 1, _LINE - 1, -1)]
         free = (y for y in lines if all(abs(y - line) >= _LINE for line in beside))
         line = next(free, first)
-        _text(canvas, text, (left, line), tuple((c + 2 * 255) // 3 for c in color))
+        red, green, blue = ((c + 2 * 255) // 3 for c in color)
+        _text(canvas, text, (left, line), (red, green, blue))
         taken.append((left, right, line))
 
 

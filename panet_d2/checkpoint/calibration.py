@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Collection, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.structures import Boxes
 from torch import nn
 from tqdm import tqdm
 
+from ..layers import LevelwiseConv2d, LevelwiseLinear
 from ..modeling import PAFPN, AdaptiveROIPooler, adaptive_poolers
 
 __all__ = ["calibrate"]
@@ -74,7 +76,12 @@ def calibrate(
     return errors
 
 
-def _rows(pooler: AdaptiveROIPooler, maps, donors, boxes) -> Tuple[torch.Tensor, torch.Tensor]:
+def _rows(
+    pooler: AdaptiveROIPooler,
+    maps: List[torch.Tensor],
+    donors: List[torch.Tensor],
+    boxes: List[Boxes],
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """What the layers give for some pixels, (L, N, D), and what the donor's gave, (N, D)."""
     home = pooler.fpn_levels(boxes)
     levels, expected = (pooler.adapt(pooler.pool_levels(x, boxes)) for x in (maps, donors))
@@ -117,10 +124,12 @@ def _fit(
 
 
 @torch.no_grad()
-def _scale_outputs(layers: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
+def _scale_outputs(
+    layers: Union[LevelwiseConv2d, LevelwiseLinear], scale: torch.Tensor, shift: torch.Tensor
+) -> None:
     """Multiply the outputs by ``scale`` and add ``shift``, by the last parameters on the way."""
-    last = layers if layers.norm is None else layers.norm
-    parts = list(last) if isinstance(last, nn.ModuleList) else [last]
+    last: Any = layers if layers.norm is None else layers.norm
+    parts: List[Any] = list(last) if isinstance(last, nn.ModuleList) else [last]
     for part, a, b in zip(parts, scale.chunk(len(parts)), shift.chunk(len(parts))):
         part.weight.mul_(a.view(-1, *[1] * (part.weight.dim() - 1)))
         part.bias.mul_(a).add_(b)

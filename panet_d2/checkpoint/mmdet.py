@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import List
 
 from .rules import Rule
@@ -14,7 +15,7 @@ def _resnet() -> List[Rule]:
     kinds = r"(weight|bias|running_mean|running_var)"
     stage = r"backbone\.layer(\d)\.(\d+)\."
 
-    def block(match, layer: str) -> str:
+    def block(match: re.Match, layer: str) -> str:
         return f"{ours}res{int(match[1]) + 1}.{match[2]}.{layer}"
 
     return [
@@ -37,7 +38,7 @@ def _neck() -> List[Rule]:
         ("pafpn_convs", "pafpn_output", 3),
     ):
 
-        def name(match, ours: str = ours, first: int = first) -> str:
+        def name(match: re.Match, ours: str = ours, first: int = first) -> str:
             return f"backbone.{ours}{first + int(match[1])}.{match[2]}"
 
         rules.append(Rule(rf"neck\.{theirs}\.(\d)\.conv\.(weight|bias)", name))

@@ -171,9 +171,9 @@ def apply_rules(
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     unmatched = []
     for name, tensor in source.items():
-        found = ((p.fullmatch(name), rule) for p, rule in compiled)
-        match, rule = next((pair for pair in found if pair[0]), (None, None))
-        if rule is None:
+        matches = ((pattern.fullmatch(name), rule) for pattern, rule in compiled)
+        match, rule = next(((m, rule) for m, rule in matches if m), (None, None))
+        if match is None or rule is None:
             if any(fnmatch(name, p) for p in allow_unmatched):
                 result.leave_out(name, tensor, "allowed to match no rule")
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Tuple
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ __all__ = ["load_untrusted", "model_weights"]
 
 # What a pickle of arrays and plain containers needs. numpy moved its modules in version 2, and
 # files written with either must load with either.
-_ALLOWED = {("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): None}
+_ALLOWED: Dict[Tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): None,
+}
 for _core in ("numpy.core", "numpy._core"):
     for _name in ("_reconstruct", "scalar"):
         _ALLOWED[f"{_core}.multiarray", _name] = None

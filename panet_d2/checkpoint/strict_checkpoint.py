@@ -93,35 +93,35 @@ class StrictCheckpointer(LoadHooks):
 
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super().load_weights(checkpoint)
-        complaints = []
-        for title, names in (
-            ("missing from it", incompatible.missing_keys),
-            ("in it but not in the model", incompatible.unexpected_keys),
-            (
-                "of another shape",
-                [
-                    f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
-                    for name, theirs, ours in incompatible.incorrect_shapes
-                ],
-            ),
-        ):
-            names = [n for n in names if self._matters(n, title)]
-            if names:
-                complaints.append(f"{len(names)} {title}: {join_names(names)}")
+        found = {
+            "missing from it": [n for n in incompatible.missing_keys if self._may_not_miss(n)],
+            "in it but not in the model": [
+                n for n in incompatible.unexpected_keys if self.required is None and _counts(n)
+            ],
+            "of another shape": [
+                f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
+                for name, theirs, ours in incompatible.incorrect_shapes
+                if self._is_required(name)
+            ],
+        }
+        complaints = [f"{len(n)} {what}: {join_names(n)}" for what, n in found.items() if n]
         if complaints:
             raise CheckpointError(
                 f"{self._path} does not fit the model of this config. {'; '.join(complaints)}"
             )
         return incompatible
 
-    def _matters(self, name: str, title: str) -> bool:
-        if name.endswith("num_batches_tracked"):  # absent from converted checkpoints
-            return False
-        if self.required is None:
-            return True
-        if title == "missing from it" and ".conv2_offset." in name:
-            return False  # offsets of a deformable conv: zero at first, in no classifier
-        return title != "in it but not in the model" and name.startswith(tuple(self.required))
+    def _is_required(self, name: str) -> bool:
+        return _counts(name) and (self.required is None or name.startswith(tuple(self.required)))
+
+    def _may_not_miss(self, name: str) -> bool:
+        # Offsets of a deformable conv are zero at first, and in no classifier.
+        is_new = self.required is not None and ".conv2_offset." in name
+        return self._is_required(name) and not is_new
+
+
+def _counts(name: str) -> bool:
+    return not name.endswith("num_batches_tracked")  # absent from converted checkpoints
 
 
 class RunCheckpointer(DetectionCheckpointer):
@@ -129,6 +129,8 @@ class RunCheckpointer(DetectionCheckpointer):
     A :class:`DetectionCheckpointer` whose files are there as a whole or not at all, whenever the
     process that saves them is killed or the disk is full.
     """
+
+    path_manager: Any
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
         """
@@ -144,13 +146,17 @@ class RunCheckpointer(DetectionCheckpointer):
             name, kwargs: see :class:`DetectionCheckpointer`.
 
         Raises:
-            CheckpointError: if it cannot be written. The checkpoint before is intact, and the one
-                that ``--resume`` goes on with.
+            CheckpointError: if the file cannot be written. The checkpoint before is intact, and
+                the one that ``--resume`` continues from.
         """
         try:
             super().save(name, **kwargs)
-        except (OSError, RuntimeError) as e:  # torch's writer raises the latter on a full disk
+        except (OSError, RuntimeError) as e:
             cause = e.__context__ if isinstance(e.__context__, OSError) else e
+            # On a full disk torch's zip writer, inline_container.cc, raises a RuntimeError; so does
+            # CUDA for other reasons.
+            if not (isinstance(cause, OSError) or "inline_container" in str(e)):
+                raise
             raise CheckpointError(
                 f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}. What was saved "
                 "before is intact; --resume continues from there."

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from functools import cache
-from typing import Any, Dict, Tuple
+from types import TracebackType
+from typing import Any, Dict, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import annotations_to_instances
-from detectron2.data.transforms import ResizeShortestEdge, TransformList
-from torch.utils.data import get_worker_info
+from detectron2.data.transforms import Augmentation, ResizeShortestEdge, TransformList
+from fvcore.transforms.transform import Transform
 
 from .._detectron2 import AnnotationHook
 from ..config import read_choice
 from ..errors import ConfigError, DataError
 from .augmentation import ResizeShortestEdgePerBatch
+from .worker_signals import leave_sigterm_to_parent
 
 __all__ = ["NamedImageMapper"]
 
 
-@cache  # once in a process
-def _heed_only_the_parents_sigterm() -> None:
-    """
-    Schedulers send SIGTERM to all processes of a job. A data loader's worker that ends by it ends
-    training with an error, when it should be saved first; so a worker leaves that to its parent.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # as on macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 class NamedImageMapper(AnnotationHook):
     """
-    Detectron2's mapper; what goes wrong with an image is reported with the image's name. Workers of
-    a data loader that use it are ended by their parent alone, and not by anybody's SIGTERM.
+    Detectron2's mapper, except that errors name the image. A bug in an augmentation surfaces as
+    itself. See :func:`leave_sigterm_to_parent` for workers of a data loader.
     """
 
     @classmethod
@@ -73,15 +53,17 @@ class NamedImageMapper(AnnotationHook):
             ConfigError: see
                 :meth:`panet_d2.data.augmentation.ResizeShortestEdgePerBatch.get_transform`.
             DataError: if the image or its annotations cannot be used.
+            Exception: whatever an augmentation raises that is not Detectron2's.
         """
-        if get_worker_info() is not None:
-            _heed_only_the_parents_sigterm()
+        leave_sigterm_to_parent()
         try:
             return super().__call__(dataset_dict)
         except ConfigError:  # is not the image's fault
             raise
         # Pillow raises almost anything for broken files, and so does Detectron2 for annotations.
         except Exception as e:
+            if _from_own_augmentation(e.__traceback__):
+                raise
             raise DataError(
                 f"cannot use image {dataset_dict['file_name']}: {type(e).__name__}: {e}"
             ) from e
@@ -95,3 +77,17 @@ class NamedImageMapper(AnnotationHook):
             dataset_dict["instances"] = annotations_to_instances([], image_shape)
         else:
             super().transform_annotations(dataset_dict, transforms, image_shape)
+
+
+def _from_own_augmentation(traceback: Optional[TracebackType]) -> bool:
+    """
+    Whether an error was raised inside an augmentation or a transform of somebody's own. It is then
+    a bug there. Those of Detectron2 fail on data that they cannot use.
+    """
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, (Augmentation, Transform)):
+            if type(owner).__module__.split(".")[0] not in ("detectron2", "fvcore"):
+                return True
+        traceback = traceback.tb_next
+    return False

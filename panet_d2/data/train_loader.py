@@ -96,30 +96,27 @@ class StreamSampler(Sampler):
         self.num_workers = num_workers
 
     def __iter__(self) -> Iterator[Token]:
-        stream = self._numbered()
         if self.groups is None:
-            return islice(stream, self.start * self.batch_size, None)
-        stream = chain(self._left_over(stream), stream)
+            numbered = ((p, i, p // self.batch_size) for p, i in enumerate(self.sampler))
+            return islice(numbered, self.start * self.batch_size, None)
+        stream = self._numbered(self.groups)
+        stream = chain(self._left_over(stream, self.groups), stream)
         return self._dealt_out(stream) if self.num_workers > 1 else stream
 
-    def _numbered(self) -> Iterator[Token]:
-        if self.groups is None:
-            for position, index in enumerate(self.sampler):
-                yield position, index, position // self.batch_size
-            return
+    def _numbered(self, groups: Sequence[int]) -> Iterator[Token]:
         seen = [0, 0]
         for position, index in enumerate(self.sampler):
-            group = self.groups[index]
+            group = groups[index]
             yield position, index, 2 * (seen[group] // self.batch_size) + group
             seen[group] += 1
 
-    def _left_over(self, stream: Iterator[Token]) -> List[Token]:
+    def _left_over(self, stream: Iterator[Token], groups: Sequence[int]) -> List[Token]:
         """Use up the batches to leave out; what no batch was complete for is still to come."""
         buckets: Tuple[List[Token], List[Token]] = ([], [])
         batches = 0
         while batches < self.start:
             token = next(stream)
-            bucket = buckets[self.groups[token[1]]]
+            bucket = buckets[groups[token[1]]]
             bucket.append(token)
             if len(bucket) == self.batch_size:
                 bucket.clear()
@@ -141,7 +138,7 @@ class StreamSampler(Sampler):
 class _MappedStream(Dataset):
     """The images that tokens stand for, each augmented as its position in the stream says."""
 
-    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict], seed: int):
+    def __init__(self, dataset: DatasetFromList, mapper: Callable[[dict], dict], seed: int):
         self.dataset = dataset
         self.mapper = mapper
         self.entropy = (seed, comm.get_rank())

@@ -88,4 +88,5 @@ def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Name
 
 def _pass_on(signum: int, frame: Any) -> None:
     for process in multiprocessing.active_children():
-        os.kill(process.pid, signum)
+        if process.pid is not None:
+            os.kill(process.pid, signum)

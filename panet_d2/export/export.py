@@ -128,7 +128,8 @@ def export_model(
         )
     images = [*images]
     # Of these one is enough, and there may be none: some models see something in every image.
-    for image in blank_images(model.pixel_mean):
+    mean: Any = model.pixel_mean
+    for image in blank_images(mean):
         nothing = _detect(model, image)
         if not len(nothing["scores"]):
             images.append(image)
@@ -191,7 +192,7 @@ def _load_torchscript(path: str) -> Run:
 def _write_onnx(adapter: TracingAdapter, names: List[str], path: str) -> None:
     # The newer exporter, torch.export's, refuses Detectron2's models: what they compute depends on
     # which values are finite.
-    exporter = {"dynamo": False} if TORCH_VERSION >= (2, 5) else {}
+    exporter: Dict[str, Any] = {"dynamo": False} if TORCH_VERSION >= (2, 5) else {}
     with _group_norm_of_nothing():
         torch.onnx.export(
             adapter,
@@ -226,8 +227,10 @@ def _group_norm_of_nothing() -> Iterator[None]:
     """
 
     @symbolic_helper.parse_args("v", "i", "v", "v", "f", "i")
-    def group_norm(g, x, groups, weight, bias, eps, cudnn_enabled):
-        def constant(values):
+    def group_norm(
+        g: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float, cudnn_enabled: int
+    ) -> Any:
+        def constant(values: list) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
         channels = weight.type().sizes()[0]

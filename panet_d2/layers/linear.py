@@ -1,8 +1,8 @@
-"""A linear layer that carries its norm and activation, as Detectron2's ``Conv2d`` does."""
+"""A linear layer that carries its norm, as Detectron2's ``Conv2d`` does."""
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ __all__ = ["Linear"]
 
 class Linear(nn.Linear):
     """
-    :class:`torch.nn.Linear` followed by an optional norm and an optional activation.
+    :class:`torch.nn.Linear` followed by an optional norm.
 
     It is to ``nn.Linear`` what :class:`detectron2.layers.Conv2d` is to ``nn.Conv2d``, so that a
     fully-connected layer can have any norm that :func:`detectron2.layers.get_norm` makes.
@@ -25,7 +25,6 @@ class Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         norm: Optional[nn.Module] = None,
-        activation: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
         """
         Args:
@@ -33,11 +32,9 @@ class Linear(nn.Linear):
             out_features (int): length of each output.
             bias (bool): whether to add a bias before the norm.
             norm (nn.Module or None): a norm of ``out_features`` channels.
-            activation (callable or None): applied last.
         """
         super().__init__(in_features, out_features, bias=bias)
         self.norm = norm
-        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -52,6 +49,4 @@ class Linear(nn.Linear):
         if self.norm is not None:
             # Detectron2's norms expect NCHW.
             x = self.norm(x[:, :, None, None])[:, :, 0, 0]
-        if self.activation is not None:
-            x = self.activation(x)
         return x

@@ -91,7 +91,7 @@ def multilevel_roi_align(
         ValueError: for another ``fuse``.
     """
     dtype = features[0].dtype
-    chosen = _implementation(features, sampling_ratio)
+    chosen = implementation(features, sampling_ratio)
     if chosen == "triton":
         from .roi_align_triton import TRITON_FUSIONS, roi_align_levels_triton
 
@@ -99,7 +99,7 @@ def multilevel_roi_align(
         result = roi_align_levels_triton(
             features, boxes, scales, output_size, sampling_ratio, aligned, on_the_way
         )
-        return result if fuse == on_the_way else fuse_levels(result.unbind(), fuse)
+        return fuse_levels(result.unbind(), fuse) if fuse and not on_the_way else result
 
     # Double stays double, for gradient checks.
     pooled_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -110,14 +110,14 @@ def multilevel_roi_align(
     else:
         levels = roi_align_levels_cpu(features, boxes, *args)
         if fuse is None:
-            levels = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=3)
-            result = levels.permute(3, 0, 4, 1, 2)
+            grids = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=3)
+            result = grids.permute(3, 0, 4, 1, 2)
         else:
             result = fuse_levels(levels, fuse)
     return result.to(dtype)
 
 
-def _implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
+def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
     """Which implementation takes these: "triton", "cpu" or "reference"."""
     if (
         os.environ.get("PANET_D2_ROI_ALIGN") == "reference"

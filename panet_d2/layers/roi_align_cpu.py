@@ -42,7 +42,7 @@ def roi_align_levels_cpu(
     channels, samples = features[0].shape[1], (2 * sampling_ratio) ** 2
     for feature, scale in zip(features, scales):
         index, weight = _samples(
-            boxes, feature.shape[-2:], scale, output_size, sampling_ratio, aligned
+            boxes, (feature.shape[2], feature.shape[3]), scale, output_size, sampling_ratio, aligned
         )
         # (B, C, H, W) -> one row of C values for each pixel
         table = feature.permute(0, 2, 3, 1).contiguous().view(-1, channels)

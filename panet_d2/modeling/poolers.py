@@ -90,12 +90,12 @@ class AdaptiveROIPooler(ROIPooler):
 
         # The paper's fig. 1c: the levels' weights are independent.
         height, width = self.output_size
+        self.grid_features = in_channels * height * width
+        self.adaptation_layers: Union[LevelwiseConv2d, LevelwiseLinear]
         if adaptation == "conv":
             self.adaptation_layers = LevelwiseConv2d(in_channels, dim, len(scales), norm)
         elif adaptation == "fc":
-            self.adaptation_layers = LevelwiseLinear(
-                in_channels * height * width, dim, len(scales), norm
-            )
+            self.adaptation_layers = LevelwiseLinear(self.grid_features, dim, len(scales), norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec], head: str) -> dict:
@@ -117,6 +117,12 @@ class AdaptiveROIPooler(ROIPooler):
             # The mask and keypoint heads need a grid; nothing of it is left after an fc.
             [a for a in ADAPTATIONS if a == "none" or (head, a) in _WIDTH_KEYS],
         )
+        if adaptation == "fc" and node.NUM_CONV > 0:
+            raise ConfigError(
+                f"MODEL.{head}.AFP.ADAPTATION is 'fc' and MODEL.{head}.NUM_CONV is "
+                f"{node.NUM_CONV}; after an fc layer the grid is 1x1, so NUM_CONV must be 0, or "
+                "ADAPTATION 'conv'."
+            )
         dim = None
         if adaptation != "none":
             dim = node[_WIDTH_KEYS[head, adaptation]]
@@ -205,7 +211,7 @@ class AdaptiveROIPooler(ROIPooler):
         """
         if self.adaptation == "fc":
             # Not flatten, which fails without proposals when it is exported to ONNX.
-            pooled = pooled.reshape(*pooled.shape[:2], self.adaptation_layers.in_features)
+            pooled = pooled.reshape(*pooled.shape[:2], self.grid_features)
         return self.adaptation_layers(pooled)
 
     def fuse(self, levels: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from panet_d2 import PAFPN
-from panet_d2.checkpoint.conversion import apply_rules
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.mmdet import mmdet_rules
+from panet_d2.checkpoint.rules import apply_rules
 from panet_d2.engine import load_strict, setup_config
 from panet_d2.errors import CheckpointError
 

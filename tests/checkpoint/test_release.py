@@ -11,9 +11,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from panet_d2 import PAFPN, PANetMaskHead
-from panet_d2.checkpoint.conversion import apply_rules
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.release import release_rules
+from panet_d2.checkpoint.rules import apply_rules
 from panet_d2.engine import load_strict, setup_config
 from panet_d2.errors import CheckpointError
 from panet_d2.modeling import FastRCNNConvFCNormHead

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from panet_d2.checkpoint.conversion import save_whole
+from panet_d2.checkpoint.rules import save_whole
 from panet_d2.checkpoint.safe_load import load_untrusted, model_weights
 from panet_d2.errors import CheckpointError
 

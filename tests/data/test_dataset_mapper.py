@@ -1,4 +1,5 @@
 import copy
+import traceback
 
 import cv2
 import numpy as np
@@ -6,6 +7,8 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.common import MapDataset
+from detectron2.data.transforms import Augmentation, AugmentationList
+from fvcore.transforms.transform import NoOpTransform
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -49,6 +52,42 @@ def test_workers_say_no_more_than_the_mapper(record):
         next(iter(DataLoader(mapped, num_workers=1)))
     assert str(of_worker.value) == str(alone.value)
     assert str(alone.value).startswith(f"cannot use image {record['file_name']}: ")
+
+
+class Broken(Augmentation):
+    """A user's augmentation, with a bug in itself or in its transform."""
+
+    def __init__(self, transform=None):
+        self.transform = transform
+
+    def get_transform(self, image):
+        if self.transform is None:
+            raise KeyError("a bug of mine")
+        return self.transform
+
+
+class BrokenForBoxes(NoOpTransform):
+    def apply_coords(self, coords):
+        return {}["a bug of mine"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("augmentation", [Broken(), Broken(BrokenForBoxes()), BrokenForBoxes()])
+def test_a_bug_in_an_augmentation_is_not_the_images(record, augmentation, workers):
+    """It keeps its type and its traceback, from a worker too."""
+    mapper = NamedImageMapper(tiny_cfg(), True)
+    mapper.augmentations = AugmentationList([augmentation])
+    with pytest.raises(KeyError) as e:
+        next(iter(DataLoader(MapDataset([record], mapper), num_workers=workers)))
+    report = str(e.value) if workers else "".join(traceback.format_tb(e.value.__traceback__))
+    assert "test_dataset_mapper.py" in report and "cannot use image" not in str(e.value)
+
+
+def test_what_stock_augmentations_cannot_use_is_named(record):
+    """A polygon of two points, in Detectron2's own step from polygons to masks."""
+    record["annotations"][0]["segmentation"] = [[1, 1, 5]]
+    with pytest.raises(DataError, match="001.png"):
+        NamedImageMapper(tiny_cfg("INPUT.MASK_FORMAT", "polygon"), True)(record)
 
 
 def test_missing_image_is_named(record):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import cv2
@@ -13,6 +15,8 @@ from pycocotools.coco import COCO
 
 from panet_d2.data.datasets import shapes
 from panet_d2.errors import DataError
+
+from ..common import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,15 @@ def cache(tmp_path, monkeypatch):
         patch.setenv("PANET_D2_CACHE", str(root))
         patch.setitem(shapes.SPLITS, "train", 4)
         patch.setitem(shapes.SPLITS, "val", 2)
-        shapes.register_shapes()
+        _register_again()
         yield root
+    _register_again()
+
+
+def _register_again():
+    for split in shapes.SPLITS:
+        DatasetCatalog.remove(f"panet_shapes_{split}")
+        MetadataCatalog.remove(f"panet_shapes_{split}")
     shapes.register_shapes()
 
 
@@ -279,19 +290,18 @@ def test_incomplete_folder_is_reported(cache):
 
 
 def test_registration_draws_nothing_until_loaded(cache):
-    shapes.register_shapes()
-    metadata = MetadataCatalog.get("shapes_val")
+    metadata = MetadataCatalog.get("panet_shapes_val")
     assert not cache.exists()
     assert metadata.thing_classes == list(shapes.CLASSES)
     assert metadata.evaluator_type == "coco"
     expected = metadata.json_file, metadata.image_root
 
-    records = DatasetCatalog.get("shapes_val")
-    assert len(records) == 2 and len(DatasetCatalog.get("shapes_train")) == 4
+    records = DatasetCatalog.get("panet_shapes_val")
+    assert len(records) == 2 and len(DatasetCatalog.get("panet_shapes_train")) == 4
     assert (metadata.json_file, metadata.image_root) == expected
     assert all(os.path.isfile(record["file_name"]) for record in records)
     assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(6))
-    assert [r["annotations"] for r in load_coco_json(*expected, "shapes_val")] == [
+    assert [r["annotations"] for r in load_coco_json(*expected, "panet_shapes_val")] == [
         r["annotations"] for r in records
     ]
     with open(metadata.json_file) as f:
@@ -301,8 +311,32 @@ def test_registration_draws_nothing_until_loaded(cache):
 def test_data_goes_where_the_metadata_says(cache, tmp_path, monkeypatch):
     """Also if the environment changes between registration and use."""
     monkeypatch.setenv("PANET_D2_CACHE", str(tmp_path / "later"))
-    DatasetCatalog.get("shapes_val")
-    assert os.path.isfile(MetadataCatalog.get("shapes_val").json_file)
-    shapes.register_shapes()
-    assert MetadataCatalog.get("shapes_val").json_file.startswith(str(tmp_path / "later"))
+    DatasetCatalog.get("panet_shapes_val")
+    assert os.path.isfile(MetadataCatalog.get("panet_shapes_val").json_file)
+    _register_again()
+    assert MetadataCatalog.get("panet_shapes_val").json_file.startswith(str(tmp_path / "later"))
     assert not (tmp_path / "later").exists()
+
+
+def test_a_dataset_of_the_same_name_stays():
+    users = []
+    DatasetCatalog.remove("panet_shapes_val")
+    DatasetCatalog.register("panet_shapes_val", lambda: users)
+    try:
+        shapes.register_shapes()
+        assert DatasetCatalog.get("panet_shapes_val") is users
+    finally:
+        _register_again()
+
+
+def test_importing_replaces_no_dataset():
+    """In a process of its own: here the package was imported before."""
+    script = """
+from detectron2.data import DatasetCatalog
+names = ["shapes_train", "shapes_val", "panet_shapes_train", "panet_shapes_val"]
+for name in names:
+    DatasetCatalog.register(name, lambda name=name: [name])
+import panet_d2
+assert [DatasetCatalog.get(name) for name in names] == [[name] for name in names]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)

@@ -241,6 +241,20 @@ class TestFullDisk:
         run(config_file, *opts, resume=True)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), KeyError("x")])
+def test_only_what_the_disk_does_is_a_checkpoint_that_cannot_be_written(
+    error, tmp_path, monkeypatch
+):
+    class Broken:
+        def state_dict(self):
+            raise error
+
+    checkpointer = RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), extra=Broken())
+    with pytest.raises(type(error)) as e:
+        checkpointer.save("model_0000001")
+    assert e.value is error
+
+
 class TestTimeAugmentation:
     @pytest.mark.parametrize(
         "opts, message",

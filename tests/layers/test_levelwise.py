@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.layers import get_norm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from panet_d2.layers import LevelwiseConv2d, LevelwiseLinear
 
@@ -79,12 +80,28 @@ def test_weights_start_as_those_of_single_layers():
     assert not linear.bias.any() and not conv.bias.any()
 
 
+class Convolutions(TorchDispatchMode):
+    """Keeps the inputs of all convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.inputs.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def test_conv_reads_pooled_grids_as_they_are():
     """In the memory of the pooled grids, levels are channels; nothing is copied."""
     pooled = torch.randn(2, 5, 7, LEVELS, IN).permute(3, 0, 4, 1, 2)
-    as_channels = pooled.transpose(0, 1).flatten(1, 2)
-    assert as_channels.data_ptr() == pooled.data_ptr()
-    assert as_channels.is_contiguous(memory_format=torch.channels_last)
+    conv = LevelwiseConv2d(IN, OUT, LEVELS)
+    with torch.no_grad(), Convolutions() as seen:
+        conv(pooled)
+    (read,) = seen.inputs
+    assert read.data_ptr() == pooled.data_ptr()
+    assert read.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("norm", ["", "GN", "BN", "naiveSyncBN_N"])

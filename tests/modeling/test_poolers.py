@@ -239,6 +239,7 @@ def test_from_config():
         ("KEYPOINT", "AFP.ADAPTATION", "fc", "MODEL.ROI_KEYPOINT_HEAD.AFP.ADAPTATION"),
         ("MASK", "POOLER_TYPE", "", "MODEL.ROI_MASK_HEAD.POOLER_TYPE.*'ROIAlignV2'"),
         ("KEYPOINT", "CONV_DIMS", [], "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS is empty.*'conv'"),
+        ("BOX", "NUM_CONV", 2, "ADAPTATION is 'fc'.*MODEL.ROI_BOX_HEAD.NUM_CONV is 2.*must be 0"),
     ],
 )
 def test_bad_config_values(head, key, value, message):

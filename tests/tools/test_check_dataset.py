@@ -98,9 +98,9 @@ def test_masks_only_where_the_config_has_them(squares, tmp_path):  # noqa: F811
 
 def test_a_generated_data_set_is_made(cache, tmp_path, capsys):  # noqa: F811
     config = tmp_path / "config.yaml"
-    config.write_text("DATASETS: {TRAIN: [shapes_train], TEST: [shapes_val]}\n")
+    config.write_text("DATASETS: {TRAIN: [panet_shapes_train], TEST: [panet_shapes_val]}\n")
     assert cli.run(tool.main, ["--config-file", str(config)]) == 0
-    assert "shapes_val: 0 errors" in capsys.readouterr().out
+    assert "panet_shapes_val: 0 errors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

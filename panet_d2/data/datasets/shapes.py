@@ -293,7 +293,8 @@ def _annotation(instance: dict) -> dict:
 
 def _write_split(folder: str, split: str, progress: tqdm) -> None:
     os.makedirs(os.path.join(folder, split))
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in range(SPLITS[split]):
         image, instances = render_image(split, index)
         name = f"{index:06d}.png"
@@ -400,16 +401,15 @@ def _load(root: str, split: str, name: str) -> list[dict]:
 
 def register_shapes() -> None:
     """
-    Make ``shapes_train`` and ``shapes_val`` known to Detectron2; again, if they are known already.
-    The images are drawn when one of them is first loaded, into the folder that
-    :func:`ensure_shapes` takes by default at the time of this call.
+    Make ``panet_shapes_train`` and ``panet_shapes_val`` known to Detectron2. A dataset that has one
+    of these names already stays. The images are drawn when a split is first loaded, into the folder
+    that :func:`ensure_shapes` takes by default at the time of this call.
     """
     folder = _folder(None)
     for split in SPLITS:
-        name = f"shapes_{split}"
+        name = f"panet_shapes_{split}"
         if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+            continue
         # One root for both, whatever becomes of the environment: the evaluator reads the
         # annotations where the metadata says, not where the loader has put them.
         DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), split, name))

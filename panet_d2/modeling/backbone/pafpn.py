@@ -22,7 +22,7 @@ __all__ = [
     "build_retinanet_resnet_pafpn_backbone",
 ]
 
-ACTIVATIONS = {"relu": nn.ReLU, "": None}
+ACTIVATIONS = ("relu", "")
 BOTTOM_UP_INPUTS = ("output", "sum")
 
 
@@ -76,7 +76,7 @@ class PAFPN(FPN):
         """
         _check_pyramid(bottom_up.output_shape(), in_features, "in_features")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; it must be one of {[*ACTIVATIONS]}.")
+            raise ValueError(f"activation is {activation!r}; it must be one of {ACTIVATIONS}.")
         if bottom_up_input not in BOTTOM_UP_INPUTS:
             raise ValueError(
                 f"bottom_up_input is {bottom_up_input!r}; it must be one of {BOTTOM_UP_INPUTS}."
@@ -107,7 +107,7 @@ class PAFPN(FPN):
                     padding=1,
                     bias=norm == "" or bias_before_norm,
                     norm=get_norm(norm, out_channels),
-                    activation=ACTIVATIONS[activation]() if activation else None,
+                    activation=nn.ReLU() if activation else None,
                 )
                 for stride in (2, 1)
             ]
@@ -158,7 +158,7 @@ class PAFPN(FPN):
             "norm": cfg.MODEL.FPN.NORM,
             "top_block": top_block,
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-            "activation": read_choice(cfg, "MODEL.PAFPN.ACTIVATION", list(ACTIVATIONS)),
+            "activation": read_choice(cfg, "MODEL.PAFPN.ACTIVATION", ACTIVATIONS),
             "bottom_up_input": read_choice(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
             "bias_before_norm": read_choice(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
             "channels_last": channels_last,
@@ -195,12 +195,12 @@ class PAFPN(FPN):
 
 def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: str) -> None:
     """Raise a ValueError that calls ``in_features`` by ``name`` if they are not a pyramid."""
-    strides = [shapes[f].stride if f in shapes else None for f in in_features]
-    if None in strides:
+    if any(f not in shapes for f in in_features):
         raise ValueError(
             f"{name} is {list(in_features)}, but the network below puts out {list(shapes)} "
             "(MODEL.RESNETS.OUT_FEATURES)."
         )
+    strides = [shapes[f].stride for f in in_features]
     if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
         raise ValueError(
             f"{name} is {list(in_features)} with strides {strides}; it must list levels from fine "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -34,18 +34,8 @@ class FCFusionBranch(nn.Module):
         """
         super().__init__()
         channels = input_shape.channels
-        for name, out_channels in (("conv1", channels), ("conv2", channels // 2)):
-            conv = Conv2d(
-                channels,
-                out_channels,
-                kernel_size=3,
-                padding=1,
-                bias=not norm,
-                norm=get_norm(norm, out_channels),
-                activation=nn.ReLU(),
-            )
-            weight_init.c2_msra_fill(conv)
-            self.add_module(name, conv)
+        self.conv1 = _conv(channels, channels, norm)
+        self.conv2 = _conv(channels, channels // 2, norm)
         # The deconv of the FCN path doubles the resolution; so does this.
         self.mask_size = (2 * input_shape.height, 2 * input_shape.width)
         self.fc = nn.Linear(
@@ -67,6 +57,20 @@ class FCFusionBranch(nn.Module):
         """
         x = self.conv2(self.conv1(x)).flatten(start_dim=1)
         return self.relu(self.fc(x)).reshape(x.shape[0], 1, self.mask_size[0], self.mask_size[1])
+
+
+def _conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        padding=1,
+        bias=not norm,
+        norm=get_norm(norm, out_channels),
+        activation=nn.ReLU(),
+    )
+    weight_init.c2_msra_fill(conv)
+    return conv
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -173,9 +177,12 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
             Tensor: mask logits of shape (M, num_classes, 2R, 2R): the FCN path's, and on every
             class the fully-connected path's.
         """
-        return sum(self.forward_paths(x)) if self.fc_fusion_on else super().layers(x)
+        if not self.fc_fusion_on:
+            return super().layers(x)
+        fcn_logits, fc_logits = self.forward_paths(x)
+        return fcn_logits + fc_logits
 
-    def forward_paths(self, x: torch.Tensor) -> List[torch.Tensor]:
+    def forward_paths(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """
         The two predictions before they are added, for those who want to look at them.
 
@@ -183,8 +190,8 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
             x (Tensor): pooled features of shape (M, C, R, R).
 
         Returns:
-            list[Tensor]: the FCN path's logits, (M, num_classes, 2R, 2R), and the fully-connected
-            path's, (M, 1, 2R, 2R).
+            tuple[Tensor, Tensor]: logits of the FCN path, (M, num_classes, 2R, 2R), and of the
+            fully-connected path, (M, 1, 2R, 2R).
         """
         *fcn_layers, fc_fusion = self
         for layer in fcn_layers[: self.num_shared]:
@@ -192,4 +199,4 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
         fc_logits = fc_fusion(x)
         for layer in fcn_layers[self.num_shared :]:
             x = layer(x)
-        return [x, fc_logits]
+        return x, fc_logits
