@@ -13,24 +13,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 
-# What build_detection_train_loader takes from a config. To change the sampler or the dataset that
-# follow from a config, they must be made first; the public function goes on to the loader.
-from detectron2.data.build import _train_loader_from_config as train_loader_from_config
+# The arguments that build_detection_train_loader takes from a config. The public function goes on
+# to build the loader, but sampler and dataset must be replaced before.
+from detectron2.data.build import _train_loader_from_config as train_loader_from_config  # noqa: F401
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
 
-__all__ = [
-    "AnnotationHook",
-    "HeadHooks",
-    "LoadHooks",
-    "LossHook",
-    "TrainingLoop",
-    "restart_precise_bn",
-    "train_loader_from_config",
-]
-
-# Mixins: for a type checker they are what they are mixed into.
+# For type checkers, the mixins below derive from what they are mixed into.
 if TYPE_CHECKING:
     from detectron2.engine import SimpleTrainer as _Loop
     from detectron2.modeling import StandardROIHeads as _ROIHeads

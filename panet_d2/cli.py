@@ -8,8 +8,6 @@ from typing import Any, Callable, Optional, Tuple, Type
 
 from .errors import PanetError
 
-__all__ = ["FAILED", "INTERRUPTED", "run"]
-
 FAILED = 1  # argparse ends with 2
 INTERRUPTED = 130  # a shell's status for a program that Ctrl-C ends
 
@@ -21,8 +19,7 @@ def run(
 ) -> int:
     """
     Run a command-line tool. An error that the user can fix becomes one sentence on stderr, or a
-    traceback if the environment variable ``PANET_D2_DEBUG`` is 1. Any other error keeps its
-    traceback.
+    traceback if the environment variable ``PANET_D2_DEBUG`` is 1. Others keep their traceback.
 
     Args:
         main (callable): the tool. It returns an exit status, or None for 0.

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "ExportError",
-    "PanetError",
-    "TrainingDiverged",
-]
-
 
 class PanetError(Exception):
     """Base of all errors that a user can fix."""

@@ -12,18 +12,16 @@ from fvcore.transforms.transform import Transform
 
 from ..errors import ConfigError
 
-__all__ = ["ResizeShortestEdgePerBatch", "images_of_batch"]
-
 _batch: ContextVar[Optional[Tuple[int, ...]]] = ContextVar("batch", default=None)
 
 
 @contextmanager
 def images_of_batch(*entropy: int) -> Iterator[None]:
     """
-    Within the block, :class:`ResizeShortestEdgePerBatch` draws the size of one certain batch.
+    Set the batch for which :class:`ResizeShortestEdgePerBatch` draws a size.
 
     Args:
-        entropy (int): non-negative numbers that name the batch; the size follows from them.
+        entropy (int): non-negative numbers that identify the batch and determine the size.
     """
     token = _batch.set(entropy)
     try:
@@ -34,9 +32,9 @@ def images_of_batch(*entropy: int) -> Iterator[None]:
 
 class ResizeShortestEdgePerBatch(ResizeShortestEdge):
     """
-    :class:`ResizeShortestEdge` that draws one size for all images of a batch, so that images of
-    one shape are of one shape still and none is padded. Normalisation over the whole map, as
-    GroupNorm's, sees that padding in training, and none of it when there is one image.
+    :class:`ResizeShortestEdge` with one size for all images of a batch, so that images of one shape
+    are not padded. A norm over the whole map, such as GroupNorm, would see the padding in training
+    but not at inference, where there is one image.
     """
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -44,19 +42,16 @@ class ResizeShortestEdgePerBatch(ResizeShortestEdge):
         Args:
             image (ndarray): shape (H, W, C).
 
-        Returns:
-            Transform: the resizing.
-
         Raises:
             ConfigError: outside of :func:`images_of_batch`.
         """
         entropy = _batch.get()
         if entropy is None:
             raise ConfigError(
-                "INPUT.SAME_SIZE_PER_BATCH is True; it must be False where the loader is "
-                "not that of panet_d2.engine.Trainer, which says what images make a batch."
+                "INPUT.SAME_SIZE_PER_BATCH is True; only the loader of panet_d2.engine.Trainer "
+                "supports it, so it must be False with another one."
             )
-        # The parent draws from NumPy's generator, where the image's own numbers come from.
+        # The parent draws from NumPy's global generator, which belongs to the single image.
         before = np.random.get_state()
         np.random.seed(np.random.SeedSequence(entropy).generate_state(1))
         try:

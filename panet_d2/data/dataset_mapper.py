@@ -1,4 +1,4 @@
-"""A dataset mapper that says which image it could not use."""
+"""A dataset mapper that names the image it cannot use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from ..config import read_choice
 from ..errors import ConfigError, DataError
 from .augmentation import ResizeShortestEdgePerBatch
 from .worker_signals import leave_sigterm_to_parent
-
-__all__ = ["NamedImageMapper"]
 
 
 class NamedImageMapper(AnnotationHook):
@@ -53,14 +51,14 @@ class NamedImageMapper(AnnotationHook):
             ConfigError: see
                 :meth:`panet_d2.data.augmentation.ResizeShortestEdgePerBatch.get_transform`.
             DataError: if the image or its annotations cannot be used.
-            Exception: whatever an augmentation raises that is not Detectron2's.
+            Exception: any error of an augmentation that is not Detectron2's.
         """
         leave_sigterm_to_parent()
         try:
             return super().__call__(dataset_dict)
         except ConfigError:  # is not the image's fault
             raise
-        # Pillow raises almost anything for broken files, and so does Detectron2 for annotations.
+        # Pillow raises almost any error for broken files, as Detectron2 for broken annotations.
         except Exception as e:
             if _from_own_augmentation(e.__traceback__):
                 raise
@@ -71,7 +69,7 @@ class NamedImageMapper(AnnotationHook):
     def transform_annotations(
         self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
     ) -> None:
-        # The parent takes boxes from cropped masks, and without objects there are none to take.
+        # The parent computes boxes from cropped masks, which fails without objects.
         if self.recompute_boxes and all(a.get("iscrowd", 0) for a in dataset_dict["annotations"]):
             del dataset_dict["annotations"]
             dataset_dict["instances"] = annotations_to_instances([], image_shape)
@@ -81,8 +79,8 @@ class NamedImageMapper(AnnotationHook):
 
 def _from_own_augmentation(traceback: Optional[TracebackType]) -> bool:
     """
-    Whether an error was raised inside an augmentation or a transform of somebody's own. It is then
-    a bug there. Those of Detectron2 fail on data that they cannot use.
+    Whether an error was raised by an augmentation or transform that is not Detectron2's: a bug.
+    Those of Detectron2 raise errors for data that they cannot use.
     """
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")

@@ -1,6 +1,6 @@
 """
-A training loader whose n-th batch follows from the seed alone: not from how often the run was
-killed and resumed before, nor from the number of worker processes.
+A training loader whose n-th batch depends on the seed alone: not on how often the run was resumed,
+nor on the number of worker processes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from ..config import read_choice
 from ..errors import ConfigError
 from .augmentation import images_of_batch
 
-__all__ = ["StreamSampler", "build_train_loader", "seed_all", "seeded"]
-
-# Position in the stream of this process, index into the data set, number of the batch.
+# Position in the stream of this process, index into the dataset, number of the batch.
 Token = Tuple[int, int, int]
 
 
 def seed_all(*entropy: int) -> None:
     """
-    Seed the generators of Python, NumPy and torch on the CPU; and on CUDA, where it is in use.
+    Seed the generators of Python, NumPy and torch, on the CPU and on CUDA.
 
     Args:
         entropy (int): any non-negative numbers; the state depends on each of them.
@@ -41,11 +39,7 @@ def seed_all(*entropy: int) -> None:
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """
-    Seed the generators of the CPU as :func:`seed_all` does, and put them back at the end of the
-    block. Those of CUDA, which a data loader does not use, are left alone.
-
-    Args:
-        entropy (int): see :func:`seed_all`.
+    Seed the generators of the CPU as :func:`seed_all` does, for the duration of a block.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_cpu(entropy, torch.default_generator.manual_seed)
@@ -58,7 +52,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 def _seed_cpu(entropy: Sequence[int], seed_torch: Callable[[int], Any]) -> None:
-    # SeedSequence makes unrelated states of related numbers, as of one step and the next.
+    # SeedSequence makes unrelated states from related numbers, such as successive steps.
     state = np.random.SeedSequence(entropy).generate_state(2)
     random.seed(int(state[0]))
     np.random.seed(state[0])
@@ -67,8 +61,8 @@ def _seed_cpu(entropy: Sequence[int], seed_torch: Callable[[int], Any]) -> None:
 
 class StreamSampler(Sampler):
     """
-    Another sampler's infinite stream of indices, each with its position and its batch, from any
-    batch on. The numbers of batches are in no order where images are grouped.
+    Another sampler's infinite stream of indices, each with its position and its batch, starting at
+    any batch. With grouped images, the numbers of batches are in no order.
     """
 
     def __init__(
@@ -81,12 +75,11 @@ class StreamSampler(Sampler):
     ):
         """
         Args:
-            sampler (iterable[int]): an infinite sampler of Detectron2, which starts over with each
-                iteration.
+            sampler (iterable[int]): an infinite sampler of Detectron2.
             batch_size (int): images in a batch of this process.
-            start (int): batches to leave out.
-            groups (sequence[int] or None): for each index, which of two kinds of image it is, if
-                images of different kinds never share a batch (Detectron2's aspect ratio grouping).
+            start (int): batches to skip.
+            groups (sequence[int] or None): 0 or 1 for each index, if images of different groups
+                never share a batch (Detectron2's aspect ratio grouping).
             num_workers (int): of the loader.
         """
         self.sampler = sampler
@@ -111,7 +104,7 @@ class StreamSampler(Sampler):
             seen[group] += 1
 
     def _left_over(self, stream: Iterator[Token], groups: Sequence[int]) -> List[Token]:
-        """Use up the batches to leave out; what no batch was complete for is still to come."""
+        """Consume the batches to skip. Images of incomplete batches are still to come."""
         buckets: Tuple[List[Token], List[Token]] = ([], [])
         batches = 0
         while batches < self.start:
@@ -125,9 +118,9 @@ class StreamSampler(Sampler):
 
     def _dealt_out(self, stream: Iterator[Token]) -> Iterator[Token]:
         """
-        Detectron2 gives worker after worker ``batch_size`` images in a row, and where images are
-        grouped, the loader takes one image from each worker in turn. Put in this order, they come
-        out in that of the stream.
+        Reorder the stream so that grouped images come out of the loader in the stream's order:
+        Detectron2 gives each worker ``batch_size`` images in a row, and takes one from each worker
+        in turn.
         """
         while True:
             block = list(islice(stream, self.num_workers * self.batch_size))
@@ -136,7 +129,7 @@ class StreamSampler(Sampler):
 
 
 class _MappedStream(Dataset):
-    """The images that tokens stand for, each augmented as its position in the stream says."""
+    """The images of tokens. The position in the stream determines the augmentation."""
 
     def __init__(self, dataset: DatasetFromList, mapper: Callable[[dict], dict], seed: int):
         self.dataset = dataset
@@ -156,22 +149,21 @@ def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], start: int = 0
 ) -> Iterable[List[dict]]:
     """
-    Detectron2's loader of ``DATASETS.TRAIN``, except that with a ``SEED`` its batches are always
-    the same, order and augmentation alike, and that it can begin with any of them.
+    Build Detectron2's loader of ``DATASETS.TRAIN``. With a ``SEED``, order and augmentation are
+    always the same, and it can start at any batch.
 
     Args:
-        cfg (CfgNode): the config of the run. Where ``SEED`` is negative, ``start`` is of no
-            consequence, and this is Detectron2's loader, unless the images of a batch share their
-            size (``INPUT.SAME_SIZE_PER_BATCH``).
-        mapper (callable): makes what the model accepts of an image in Detectron2's dataset format.
-        start (int): batches to leave out.
+        cfg (CfgNode): the config of the run. If ``SEED`` is negative, ``start`` is ignored and this
+            is Detectron2's loader, except with ``INPUT.SAME_SIZE_PER_BATCH``.
+        mapper (callable): from an image in Detectron2's dataset format to the model's input.
+        start (int): batches to skip.
 
     Returns:
         iterable[list[dict]]: batches of this process.
 
     Raises:
-        ConfigError: if the batch cannot be split among the processes, or images cannot be grouped
-            by a size that they are not registered with.
+        ConfigError: if the batch cannot be split among the processes, or images without a
+            registered size cannot be grouped.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
@@ -192,8 +184,7 @@ def build_train_loader(
         other = f"SEED {cfg.SEED}" if cfg.SEED >= 0 else "INPUT.SAME_SIZE_PER_BATCH True"
         raise ConfigError(
             f"DATALOADER.ASPECT_RATIO_GROUPING is True and {other}, but DATASETS.TRAIN has images "
-            "that are registered without width and height; give them these, or do without one of "
-            "the two."
+            "registered without width and height; register them with both, or switch one key off."
         )
     batch_size = args["total_batch_size"] // processes
     args["dataset"] = _MappedStream(DatasetFromList(dicts, copy=False), args.pop("mapper"), seed)
@@ -204,5 +195,5 @@ def build_train_loader(
         [int(d["width"] <= d["height"]) for d in dicts] if grouped else None,
         workers,
     )
-    # With a generator of its own, the loader draws no number from torch's when it is first used.
+    # With a seed the loader draws no number from torch's global generator.
     return build_detection_train_loader(**args, mapper=None, seed=seed)

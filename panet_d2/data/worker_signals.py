@@ -1,4 +1,4 @@
-"""Which signals end the worker processes of a data loader."""
+"""Signals in the worker processes of a data loader."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from functools import cache
 
 from torch.utils.data import get_worker_info
 
-__all__ = ["leave_sigterm_to_parent"]
-
 
 def leave_sigterm_to_parent() -> None:
     """
-    In a data loader's worker, end by the SIGTERM of the parent process alone. Elsewhere do nothing.
+    Make a data loader's worker ignore SIGTERM unless its parent sent it. Does nothing elsewhere.
 
-    Schedulers send SIGTERM to all processes of a job. A worker that ends by it ends training with
-    an error, before the parent has saved the run.
+    Schedulers send SIGTERM to all processes of a job. A worker that ended by it would fail the
+    training before the parent has saved the run.
     """
     if get_worker_info() is not None:
         _block_sigterm()
 
 
-@cache  # once in a process
+@cache  # once per process
 def _block_sigterm() -> None:
     if not hasattr(signal, "sigwaitinfo"):  # as on macOS
         return

@@ -1,4 +1,4 @@
-"""Layers that every level of a pyramid has of its own, run for all levels at once."""
+"""Layers with independent weights for each level of a pyramid, run for all levels at once."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import torch
 from detectron2.layers import get_norm
 from torch import nn
 
-__all__ = ["LevelwiseConv2d", "LevelwiseLinear"]
-
 Norm = Union[str, Callable[[int], nn.Module]]
 
-# Norms that treat each channel by itself, so that one of them is one for each level.
+# Norms that treat each channel by itself, so that one of them serves all levels.
 _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 class LevelwiseConv2d(nn.Conv2d):
     """
-    A 3x3 conv, and a norm, for each level, with independent weights: one grouped convolution.
+    A 3x3 conv and a norm for each level, with independent weights, as one grouped convolution.
 
-    Along the first axis of every parameter and buffer come the first level's, the second's, and
-    so on, as ``out_channels`` each.
+    Along the first axis of every parameter and buffer, the levels follow each other, with
+    ``out_channels`` entries each.
     """
 
     def __init__(self, in_channels: int, out_channels: int, levels: int, norm: Norm = ""):
         """
         Args:
-            in_channels (int): channels of each level.
-            out_channels (int): output channels of each level.
+            in_channels, out_channels (int): channels of each level.
             levels (int): number of levels.
             norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
         """
@@ -41,8 +38,8 @@ class LevelwiseConv2d(nn.Conv2d):
             bias=not norm,
         )
         self.norm = _levelwise_norm(norm, out_channels, levels)
-        # Level by level, because the scale follows from the number of outputs. It is that of
-        # fvcore's c2_msra_fill, which Detectron2's heads use for their convs.
+        # fvcore's c2_msra_fill, as in the convs of Detectron2's heads. Level by level, because the
+        # scale depends on the number of outputs.
         for weight in self.weight.detach().chunk(levels):
             nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
         if self.bias is not None:
@@ -51,14 +48,14 @@ class LevelwiseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x (Tensor): shape (L, M, in_channels, h, w). If in memory it is (M, h, w, L,
-                in_channels), it is read as it is.
+            x (Tensor): shape (L, M, in_channels, h, w). In the memory order (M, h, w, L,
+                in_channels) it is not copied.
 
         Returns:
             Tensor: shape (L, M, out_channels, h, w).
         """
-        # Not flatten and unflatten: exported to ONNX, the former fails where M is 0, and the latter
-        # has the M of the example.
+        # Not flatten and unflatten: in ONNX the former fails if M is 0, and the latter keeps the
+        # M of the example.
         x = x.transpose(0, 1)
         x = super().forward(x.reshape(x.shape[0], self.in_channels, *x.shape[3:]))
         if self.norm is not None:
@@ -69,15 +66,14 @@ class LevelwiseConv2d(nn.Conv2d):
 
 class LevelwiseLinear(nn.Module):
     """
-    A linear layer, and a norm, for each level, with independent weights: one batched matrix
-    product. The parameters are laid out as those of :class:`LevelwiseConv2d`.
+    A linear layer and a norm for each level, with independent weights, as one batched matrix
+    product. Parameters are laid out as in :class:`LevelwiseConv2d`.
     """
 
     def __init__(self, in_features: int, out_features: int, levels: int, norm: Norm = ""):
         """
         Args:
-            in_features (int): length of each input.
-            out_features (int): length of each output.
+            in_features, out_features (int): length of each level's input and output.
             levels (int): number of levels.
             norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
         """
@@ -86,7 +82,7 @@ class LevelwiseLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(levels * out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(levels * out_features))
         self.norm = _levelwise_norm(norm, out_features, levels)
-        # fvcore's c2_xavier_fill, which Detectron2's heads use for their fc layers.
+        # fvcore's c2_xavier_fill, as in the fc layers of Detectron2's heads.
         nn.init.kaiming_uniform_(self.weight, a=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,8 +107,6 @@ class LevelwiseLinear(nn.Module):
 
 
 class _NormOfEachLevel(nn.ModuleList):
-    """Norms over the levels' channels, for those that no single norm stands for."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([norm(part) for norm, part in zip(self, x.chunk(len(self), 1))], 1)
 

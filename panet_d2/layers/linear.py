@@ -1,4 +1,4 @@
-"""A linear layer that carries its norm, as Detectron2's ``Conv2d`` does."""
+"""A linear layer with a norm."""
 
 from __future__ import annotations
 
@@ -8,32 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Linear"]
-
 
 class Linear(nn.Linear):
     """
-    :class:`torch.nn.Linear` followed by an optional norm.
-
-    It is to ``nn.Linear`` what :class:`detectron2.layers.Conv2d` is to ``nn.Conv2d``, so that a
-    fully-connected layer can have any norm that :func:`detectron2.layers.get_norm` makes.
+    :class:`torch.nn.Linear` and an optional norm, which can be any of
+    :func:`detectron2.layers.get_norm`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        norm: Optional[nn.Module] = None,
-    ):
+    def __init__(self, in_features: int, out_features: int, norm: Optional[nn.Module] = None):
         """
         Args:
-            in_features (int): length of each input.
-            out_features (int): length of each output.
-            bias (bool): whether to add a bias before the norm.
+            in_features, out_features (int): length of each input and output.
             norm (nn.Module or None): a norm of ``out_features`` channels.
         """
-        super().__init__(in_features, out_features, bias=bias)
+        super().__init__(in_features, out_features)
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,6 @@ from torchvision.ops import roi_align
 
 from .roi_align_cpu import roi_align_levels_cpu
 
-__all__ = ["FUSIONS", "fuse_levels", "multilevel_roi_align", "multilevel_roi_align_reference"]
-
 # How the grids of one proposal become one. PANet (Sec. 3.2) uses "max"; it names "sum" beside it.
 FUSIONS = ("max", "sum", "mean", "product")
 
@@ -22,20 +20,20 @@ def fuse_levels(levels: Iterable[torch.Tensor], fusion: str) -> torch.Tensor:
     Fuse tensors of one shape element by element.
 
     Args:
-        levels (iterable[Tensor]): at least one tensor, all of the same shape.
+        levels (iterable[Tensor]): at least one, all of the same shape.
         fusion (str): one of :data:`FUSIONS`.
 
     Returns:
-        Tensor: of the shape of one of ``levels``.
+        Tensor: of that shape.
 
     Raises:
-        ValueError: for another ``fusion``.
+        ValueError: if ``fusion`` is unknown.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}.")
     levels = iter(levels)
     fused, count = next(levels), 1
-    # One level at a time: stacking them first would double the memory of what is pooled.
+    # One level at a time: a stack would double the memory of the pooled grids.
     for level in levels:
         count += 1
         if fusion == "max":
@@ -57,38 +55,36 @@ def multilevel_roi_align(
     fuse: Optional[str] = None,
 ) -> torch.Tensor:
     """
-    Pool every box from every level, as PANet's adaptive feature pooling does (Sec. 3.2).
+    Pool every box from every level, as in PANet's adaptive feature pooling (Sec. 3.2).
 
-    Half precision and bfloat16 are pooled in float32 and rounded once at the end, and box
-    coordinates are never rounded to the features' type, in which a coordinate beyond 2048 would
-    not even keep its whole pixels.
+    Half precision and bfloat16 are pooled in float32 and rounded once at the end. Box coordinates
+    are never rounded to the features' type, in which a coordinate above 2048 loses whole pixels.
 
-    What computes it is chosen by device: on CUDA :func:`roi_align_levels_triton`, where Triton is
-    installed; on the CPU :func:`roi_align_levels_cpu`; and for whatever these do not cover
-    :func:`multilevel_roi_align_reference`. The environment variable ``PANET_D2_ROI_ALIGN`` set to
-    ``reference`` chooses the latter everywhere.
+    The implementation depends on the device: :func:`roi_align_levels_triton` on CUDA with Triton,
+    :func:`roi_align_levels_cpu` on the CPU, :func:`multilevel_roi_align_reference` for everything
+    else, and everywhere if the environment variable ``PANET_D2_ROI_ALIGN`` is ``reference``.
 
-    On CUDA the gradient of the features is a sum in no fixed order, as torchvision's is. Under
+    On CUDA the gradient is a sum in no fixed order, as torchvision's is. Under
     :func:`torch.use_deterministic_algorithms` it is torchvision's deterministic one.
 
     Args:
-        features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), from the finest level
-            to the coarsest, of one floating-point type.
+        features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), from fine to coarse, of
+            one floating-point type.
         boxes (Tensor): shape (M, 5): index of the image in the batch, then x0, y0, x1, y1 in
             pixels of the input image.
-        scales (list[float]): L factors from the input image to the level, i.e. 1 / stride.
+        scales (list[float]): 1 / stride of each level.
         output_size (tuple[int, int]): height h and width w of the grid.
-        sampling_ratio (int): samples along each side of a bin; 0 takes as many as the box covers
+        sampling_ratio (int): samples along each side of a bin; 0 for as many as a bin covers
             pixels of the level.
         aligned (bool): shift the boxes by half a pixel, see :class:`detectron2.layers.ROIAlign`.
         fuse (str or None): how to fuse the levels, one of :data:`FUSIONS`.
 
     Returns:
         Tensor: of the type of the features; shape (L, M, C, h, w) where ``fuse`` is None, else
-        (M, C, h, w). In memory, (M, h, w, L, C) or (M, h, w, C), unless it is the reference's.
+        (M, C, h, w). Channels are last in memory, except from the reference.
 
     Raises:
-        ValueError: for another ``fuse``.
+        ValueError: if ``fuse`` is unknown.
     """
     dtype = features[0].dtype
     chosen = implementation(features, sampling_ratio)
@@ -118,10 +114,10 @@ def multilevel_roi_align(
 
 
 def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
-    """Which implementation takes these: "triton", "cpu" or "reference"."""
+    """The implementation for these features: "triton", "cpu" or "reference"."""
     if (
         os.environ.get("PANET_D2_ROI_ALIGN") == "reference"
-        or sampling_ratio <= 0  # an adaptive number of samples is not the same for all boxes
+        or sampling_ratio <= 0  # the number of samples differs from box to box
         or torch.jit.is_tracing()  # exporters know torchvision's op
     ):
         return "reference"
@@ -138,7 +134,7 @@ def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
 
 @cache
 def _has_triton() -> bool:
-    """Whether there is a Triton that passes tuples to kernels."""
+    """Whether Triton is installed, in a version that passes tuples to kernels."""
     try:
         import triton
     except ImportError:
@@ -156,10 +152,8 @@ def multilevel_roi_align_reference(
     fuse: Optional[str] = None,
 ) -> torch.Tensor:
     """
-    The definition of :func:`multilevel_roi_align`: torchvision's RoIAlign, level by level.
-
-    Arguments and result are the same, except that features and boxes are of one type, float32 or
-    float64.
+    The definition of :func:`multilevel_roi_align`: torchvision's RoIAlign, level by level. Features
+    and boxes must be of one type, float32 or float64.
     """
     pooled = [
         roi_align(feature, boxes, output_size, scale, sampling_ratio, aligned)

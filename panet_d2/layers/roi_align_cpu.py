@@ -7,8 +7,6 @@ from typing import Iterator, List, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["roi_align_levels_cpu"]
-
 
 def roi_align_levels_cpu(
     features: List[torch.Tensor],
@@ -21,13 +19,12 @@ def roi_align_levels_cpu(
     """
     torchvision's RoIAlign of the same boxes on several feature maps, one after the other.
 
-    torchvision's CPU kernel runs on one core. But a bin is nothing else than a weighted sum of
-    the few pixels around its samples, which is what an embedding bag computes, forward and
-    backward, vectorised and on all cores.
+    torchvision's CPU kernel runs on one core. A bin is a weighted sum of the pixels around its
+    samples, which an embedding bag computes, forward and backward, vectorised and on all cores.
 
     Args:
         features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), float32 or float64.
-            Channels-last maps are read as they are, others are copied.
+            Channels-last maps are not copied.
         boxes (Tensor): shape (M, 5), of the same type: index in the batch, x0, y0, x1, y1.
         scales (list[float]): L factors from box coordinates to the feature map's.
         output_size (tuple[int, int]): height h and width w of the grid.
@@ -35,7 +32,7 @@ def roi_align_levels_cpu(
         aligned (bool): shift the boxes by half a pixel.
 
     Yields:
-        Tensor: shape (M, C, h, w) for each level; in memory the channels are last.
+        Tensor: shape (M, C, h, w) for each level, channels last in memory.
     """
     boxes = boxes.detach()  # as in torchvision, there are no gradients for boxes
     num_boxes, (height, width) = len(boxes), output_size
@@ -64,8 +61,8 @@ def _samples(
     aligned: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    The pixels that each bin is made of: their rows in the table, and their weights. Both are of
-    shape (M, h, w, 2 ratio, 2 ratio), because every sample lies between two rows and two columns.
+    The pixels of each bin, as rows of the table, and their weights. Both have the shape
+    (M, h, w, 2 ratio, 2 ratio), because every sample lies between two rows and two columns.
     """
     x0, y0, x1, y1 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(dim=1)
     sides = [y1 - y0, x1 - x0]
@@ -87,9 +84,8 @@ def _axis_samples(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """
     Neighbours of the samples along one axis and their weights, both of shape (M, bins, 2 ratio).
-
-    The rules at the border are those of torchvision: up to one pixel outside, a sample takes the
-    border's value; further out it is zero.
+    As in torchvision, a sample up to one pixel outside takes the border's value; further out it is
+    zero.
     """
     # In torchvision's order of operations, so that positions are rounded the same way.
     of_bin = start[:, None] + torch.arange(bins, dtype=start.dtype) * bin_size[:, None]

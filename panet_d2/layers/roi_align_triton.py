@@ -9,14 +9,6 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "MAX_LEVELS",
-    "MAX_SAMPLING_RATIO",
-    "TRITON_FUSIONS",
-    "covers",
-    "roi_align_levels_triton",
-]
-
 # What the kernels are told by number. "product" is not among them: its gradient needs the pooled
 # grids of all other levels, so that there would be nothing to save.
 TRITON_FUSIONS = {None: 0, "max": 1, "sum": 2, "mean": 3}
@@ -354,13 +346,12 @@ def roi_align_levels_triton(
     """
     torchvision's RoIAlign of the same boxes on several feature maps, fused on the way.
 
-    All arithmetic is in float32, whatever the type of the features. A fusion keeps nothing of the
-    single levels but, for the backward of "max", one byte per element of the result.
+    All arithmetic is in float32. A fusion keeps nothing of the single levels except, for the
+    backward of "max", one byte per element of the result.
 
     Args:
         features (list[Tensor]): at most :data:`MAX_LEVELS` maps of shape (B, C, H_l, W_l), all
-            float32, float16 or bfloat16. Channels-last maps are read as they are, others are
-            copied.
+            float32, float16 or bfloat16. Channels-last maps are not copied.
         boxes (Tensor): shape (M, 5): index in the batch, x0, y0, x1, y1.
         scales (list[float]): factors from box coordinates to each feature map's.
         output_size (tuple[int, int]): height h and width w of the grid.
@@ -369,8 +360,8 @@ def roi_align_levels_triton(
         fuse (str or None): a key of :data:`TRITON_FUSIONS`.
 
     Returns:
-        Tensor: of the type of the features, with the channels last in memory; shape
-        (L, M, C, h, w) where ``fuse`` is None, else (M, C, h, w).
+        Tensor: of the type of the features, channels last in memory; shape (L, M, C, h, w) if
+        ``fuse`` is None, else (M, C, h, w).
     """
     # Triton launches on the current device, which need not be the one that the tensors are on.
     with torch.cuda.device_of(boxes):

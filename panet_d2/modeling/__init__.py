@@ -1,8 +1,4 @@
-from .backbone import (
-    PAFPN,
-    build_resnet_pafpn_backbone,
-    build_retinanet_resnet_pafpn_backbone,
-)
+from .backbone import PAFPN, build_resnet_pafpn_backbone, build_retinanet_resnet_pafpn_backbone
 from .poolers import AdaptiveROIPooler, adaptive_poolers
 from .roi_heads import (
     FastRCNNConvFCNormHead,

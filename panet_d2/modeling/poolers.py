@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,10 @@ from ..config import read_choice
 from ..errors import ConfigError
 from ..layers import FUSIONS, LevelwiseConv2d, LevelwiseLinear, fuse_levels, multilevel_roi_align
 
-__all__ = ["ADAPTATIONS", "POOLER_TYPES", "AdaptiveROIPooler", "adaptive_poolers"]
-
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
 
-# Config key of the layer that the adaptation layer stands for, and so takes its width from.
+# Config key of the head's layer that the adaptation layer replaces. Its width is that layer's.
 _WIDTH_KEYS = {
     ("ROI_BOX_HEAD", "conv"): "CONV_DIM",
     ("ROI_BOX_HEAD", "fc"): "FC_DIM",
@@ -33,11 +31,11 @@ _WIDTH_KEYS = {
 
 class AdaptiveROIPooler(ROIPooler):
     """
-    PANet's adaptive feature pooling (Sec. 3.2): each proposal is pooled from *every* level, each
-    level's grid goes through a layer of its own, and the results are fused element by element.
+    PANet's adaptive feature pooling (Sec. 3.2). Each proposal is pooled from *every* level, each
+    level's grid goes through its own adaptation layer, and the results are fused element-wise.
 
-    All of it happens in here, so the head behind it sees one grid per proposal, as it would from
-    a :class:`ROIPooler`, and any head works; :attr:`output_shape` tells it the grid's shape.
+    The head after the pooler sees one grid per proposal, as after a :class:`ROIPooler`, so any head
+    works. :attr:`output_shape` is the shape of the grid.
     """
 
     @configurable
@@ -58,26 +56,26 @@ class AdaptiveROIPooler(ROIPooler):
         Args:
             output_size, scales, sampling_ratio, pooler_type:
                 see :class:`detectron2.modeling.poolers.ROIPooler`. A ``sampling_ratio`` of 0
-                samples a large proposal hundreds of times a bin on the finest level; the authors
-                use 2.
+                takes hundreds of samples a bin for a large proposal on the finest level; the
+                authors use 2.
             in_channels (int): channels of every level.
             fusion (str): "max" (the paper's choice), "sum", "mean" or "product".
-            adaptation (str): the layer that each level has of its own: "conv" (3x3, norm, ReLU),
-                "fc" (linear over the whole grid, norm, ReLU) or "none".
+            adaptation (str): the adaptation layer of each level: "conv" (3x3, norm, ReLU), "fc"
+                (linear over the whole grid, norm, ReLU) or "none".
             adaptation_dim (int or None): output channels of that layer; ``in_channels`` if None.
             norm (str or callable): norm of that layer, see :func:`detectron2.layers.get_norm`.
 
         Raises:
-            ValueError: for an unknown ``pooler_type``, ``fusion`` or ``adaptation``, or scales
-                that do not halve from one level to the next.
+            ValueError: if ``pooler_type``, ``fusion`` or ``adaptation`` is unknown, or the scales
+                do not halve from one level to the next.
         """
         _check_scales(scales)
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}.")
-        if adaptation not in ADAPTATIONS:
-            raise ValueError(
-                f"adaptation is {adaptation!r}; it must be one of {', '.join(ADAPTATIONS)}."
-            )
+        for name, value, known in (
+            ("fusion", fusion, FUSIONS),
+            ("adaptation", adaptation, ADAPTATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
         super().__init__(output_size, scales, sampling_ratio, pooler_type)
         self.scales = [float(scale) for scale in scales]
         self.sampling_ratio = sampling_ratio
@@ -88,9 +86,9 @@ class AdaptiveROIPooler(ROIPooler):
         dim = in_channels if adaptation_dim is None or adaptation == "none" else adaptation_dim
         self.out_channels = dim
 
-        # The paper's fig. 1c: the levels' weights are independent.
         height, width = self.output_size
         self.grid_features = in_channels * height * width
+        # The weights of the levels are independent (the paper's fig. 1c).
         self.adaptation_layers: Union[LevelwiseConv2d, LevelwiseLinear]
         if adaptation == "conv":
             self.adaptation_layers = LevelwiseConv2d(in_channels, dim, len(scales), norm)
@@ -106,40 +104,37 @@ class AdaptiveROIPooler(ROIPooler):
             head (str): "ROI_BOX_HEAD", "ROI_MASK_HEAD" or "ROI_KEYPOINT_HEAD".
 
         Raises:
-            ConfigError: if a value of the head's node cannot work, see the message.
+            ConfigError: if a value of the head's node cannot work.
         """
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_levels(input_shape, in_features)
-        node = cfg.MODEL[head]
-        adaptation = read_choice(
-            cfg,
-            f"MODEL.{head}.AFP.ADAPTATION",
-            # The mask and keypoint heads need a grid; nothing of it is left after an fc.
-            [a for a in ADAPTATIONS if a == "none" or (head, a) in _WIDTH_KEYS],
-        )
+        node, key = cfg.MODEL[head], f"MODEL.{head}"
+        # The mask and keypoint heads need a grid, which an fc layer does not leave.
+        adaptations = [a for a in ADAPTATIONS if a == "none" or (head, a) in _WIDTH_KEYS]
+        adaptation = read_choice(cfg, f"{key}.AFP.ADAPTATION", adaptations)
         if adaptation == "fc" and node.NUM_CONV > 0:
             raise ConfigError(
-                f"MODEL.{head}.AFP.ADAPTATION is 'fc' and MODEL.{head}.NUM_CONV is "
-                f"{node.NUM_CONV}; after an fc layer the grid is 1x1, so NUM_CONV must be 0, or "
-                "ADAPTATION 'conv'."
+                f"{key}.AFP.ADAPTATION is 'fc' and {key}.NUM_CONV is {node.NUM_CONV}; after an fc "
+                "layer the grid is 1x1, so NUM_CONV must be 0, or ADAPTATION 'conv'."
             )
         dim = None
         if adaptation != "none":
-            dim = node[_WIDTH_KEYS[head, adaptation]]
+            width_key = _WIDTH_KEYS[head, adaptation]
+            dim = node[width_key]
             if isinstance(dim, (list, tuple)):
                 if not dim:
                     raise ConfigError(
-                        f"MODEL.{head}.{_WIDTH_KEYS[head, adaptation]} is empty; its first number "
-                        f"is the width of the layer that AFP.ADAPTATION {adaptation!r} makes."
+                        f"{key}.{width_key} is empty; its first number is the width of the layer "
+                        f"that AFP.ADAPTATION {adaptation!r} makes."
                     )
                 dim = dim[0]
         return {
             "output_size": node.POOLER_RESOLUTION,
             "scales": [1.0 / input_shape[f].stride for f in in_features],
             "sampling_ratio": node.POOLER_SAMPLING_RATIO,
-            "pooler_type": read_choice(cfg, f"MODEL.{head}.POOLER_TYPE", POOLER_TYPES),
+            "pooler_type": read_choice(cfg, f"{key}.POOLER_TYPE", POOLER_TYPES),
             "in_channels": input_shape[in_features[0]].channels,
-            "fusion": read_choice(cfg, f"MODEL.{head}.AFP.FUSION", FUSIONS),
+            "fusion": read_choice(cfg, f"{key}.AFP.FUSION", FUSIONS),
             "adaptation": adaptation,
             "adaptation_dim": dim,
             "norm": node.get("NORM", ""),
@@ -148,10 +143,7 @@ class AdaptiveROIPooler(ROIPooler):
     @property
     @torch.jit.unused
     def output_shape(self) -> ShapeSpec:
-        """
-        Returns:
-            ShapeSpec: channels, height and width of the grid that a head gets for each proposal.
-        """
+        """Channels, height and width of the grid that a head gets for each proposal."""
         height, width = (1, 1) if self.adaptation == "fc" else self.output_size
         return ShapeSpec(channels=self.out_channels, height=height, width=width)
 
@@ -164,8 +156,8 @@ class AdaptiveROIPooler(ROIPooler):
                 image. Any of them may be empty.
 
         Returns:
-            Tensor: shape (M, channels, height, width) for all M boxes of the batch, with the rest
-            of the shape as in :attr:`output_shape`.
+            Tensor: shape (M, channels, height, width) for all M boxes of the batch, see
+            :attr:`output_shape`.
 
         Raises:
             ValueError: if ``x`` does not have a feature map for every scale, or ``box_lists`` a
@@ -178,8 +170,7 @@ class AdaptiveROIPooler(ROIPooler):
         if len(box_lists) == 0:
             shape = self.output_shape
             return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
-        # Contiguous, as the stock pooler's result: some heads view it in another shape, and the
-        # grids come with their channels last.
+        # Contiguous, as the stock pooler's result, because some heads view it in another shape.
         if self.adaptation == "none":
             return self._pool(x, box_lists, self.fusion).contiguous()
         fused = self.fuse(self.adapt(self.pool_levels(x, box_lists)))
@@ -187,10 +178,7 @@ class AdaptiveROIPooler(ROIPooler):
 
     def pool_levels(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
         """
-        Pool all boxes from all levels; the first of the steps that :meth:`forward` consists of.
-
-        Args:
-            x, box_lists: see :meth:`forward`.
+        Pool all boxes from all levels: the first step of :meth:`forward`, with its arguments.
 
         Returns:
             Tensor: shape (L, M, in_channels, height, width).
@@ -199,33 +187,31 @@ class AdaptiveROIPooler(ROIPooler):
 
     def adapt(self, pooled: torch.Tensor) -> torch.Tensor:
         """
-        Run each level's adaptation layer, up to its ReLU, which follows.
+        Run the adaptation layers without their ReLU: the second step of :meth:`forward`.
 
         Args:
-            pooled (Tensor): the grids of M boxes from all levels, of shape (L, M, in_channels,
-                height, width).
+            pooled (Tensor): shape (L, M, in_channels, height, width).
 
         Returns:
-            Tensor: shape (L, M, channels, height, width), or (L, M, channels) where the layer is
-            an "fc".
+            Tensor: shape (L, M, channels, height, width), or (L, M, channels) with "fc".
         """
         if self.adaptation == "fc":
-            # Not flatten, which fails without proposals when it is exported to ONNX.
+            # Not flatten, whose export to ONNX fails without proposals.
             pooled = pooled.reshape(*pooled.shape[:2], self.grid_features)
         return self.adaptation_layers(pooled)
 
     def fuse(self, levels: torch.Tensor) -> torch.Tensor:
         """
-        Put the ReLU behind the adaptation layers, and make one of the levels.
+        Apply the ReLU and fuse the levels: the last step of :meth:`forward`.
 
         Args:
-            levels (Tensor): shape (L, M, ...), as from :meth:`adapt`.
+            levels (Tensor): shape (L, M, ...), from :meth:`adapt`.
 
         Returns:
             Tensor: shape (M, ...).
         """
         if self.fusion == "max":
-            # The maximum of what a ReLU lets through is what it lets through of the maximum.
+            # The ReLU of the maximum is the maximum of the ReLUs, with one ReLU instead of L.
             return fuse_levels(levels.unbind(), "max").relu()
         return fuse_levels(levels.relu().unbind(), self.fusion)
 
@@ -235,8 +221,8 @@ class AdaptiveROIPooler(ROIPooler):
             box_lists (list[Boxes]): see :meth:`forward`.
 
         Returns:
-            Tensor: shape (M,), the index of the one level that FPN's rule, and with it
-            :class:`ROIPooler`, would pool each box from.
+            Tensor: shape (M,), the index of the level from which :class:`ROIPooler` would pool each
+            box (FPN's rule).
         """
         return assign_boxes_to_levels(
             box_lists,
@@ -250,16 +236,14 @@ class AdaptiveROIPooler(ROIPooler):
         self, x: List[torch.Tensor], box_lists: List[Boxes], fuse: Optional[str]
     ) -> torch.Tensor:
         """Pool all boxes from all levels, see :func:`panet_d2.layers.multilevel_roi_align`."""
-        boxes = _pooler_format(box_lists)
+        # Each box after the index of its image. Detectron2's function for this waits for the GPU.
+        boxes = torch.cat(
+            [F.pad(boxes.tensor, (1, 0), value=float(i)) for i, boxes in enumerate(box_lists)]
+        )
         if self.pooler_type in ("ROIAlign", "ROIAlignV2"):
+            aligned = self.pooler_type == "ROIAlignV2"
             return multilevel_roi_align(
-                x,
-                boxes,
-                self.scales,
-                self.output_size,
-                self.sampling_ratio,
-                self.pooler_type == "ROIAlignV2",
-                fuse,
+                x, boxes, self.scales, self.output_size, self.sampling_ratio, aligned, fuse
             )
         pooled = [pooler(feature, boxes) for pooler, feature in zip(self.level_poolers, x)]
         return torch.stack(pooled) if fuse is None else fuse_levels(pooled, fuse)
@@ -283,16 +267,6 @@ def adaptive_poolers(roi_heads: nn.Module) -> Dict[str, AdaptiveROIPooler]:
     }
 
 
-def _pooler_format(box_lists: List[Boxes]) -> torch.Tensor:
-    """
-    All boxes, each behind the index of its image in the batch. Detectron2 has this too, but there
-    the counts of boxes go to the device and back, for which the device must be waited for.
-    """
-    return torch.cat(
-        [F.pad(boxes.tensor, (1, 0), value=float(image)) for image, boxes in enumerate(box_lists)]
-    )
-
-
 def _check_scales(scales: Sequence[float]) -> None:
     """Raise a ValueError unless the scales are those of a pyramid, as ROIPooler asserts."""
     levels = [-math.log2(s) if s > 0 else math.nan for s in scales]
@@ -305,21 +279,16 @@ def _check_scales(scales: Sequence[float]) -> None:
 
 
 def _check_levels(shapes: Dict[str, ShapeSpec], in_features: List[str]) -> None:
-    key = "MODEL.ROI_HEADS.IN_FEATURES"
-    unknown = [f for f in in_features if f not in shapes]
-    if unknown or not in_features:
-        raise ConfigError(
-            f"{key} is {list(in_features)}; it must list outputs of the backbone, which are "
-            f"{', '.join(shapes)}."
-        )
-    strides: Tuple[int, ...] = tuple(shapes[f].stride for f in in_features)
+    """Raise a ConfigError unless the levels are those of a pyramid, all of one width."""
+    key = f"MODEL.ROI_HEADS.IN_FEATURES is {list(in_features)}"
+    if not in_features or any(f not in shapes for f in in_features):
+        raise ConfigError(f"{key}; it must list outputs of the backbone: {', '.join(shapes)}.")
+    strides = [shapes[f].stride for f in in_features]
     if any(b != 2 * a for a, b in zip(strides, strides[1:])):
         raise ConfigError(
-            f"{key} is {list(in_features)} with strides {list(strides)}; it must list levels from "
-            "fine to coarse without a gap, such as ['p2', 'p3', 'p4', 'p5']."
+            f"{key} with strides {strides}; it must list levels from fine to coarse without a gap, "
+            "such as ['p2', 'p3', 'p4', 'p5']."
         )
     channels = {f: shapes[f].channels for f in in_features}
     if len(set(channels.values())) > 1:
-        raise ConfigError(
-            f"{key} has levels of different width ({channels}); they must all be the same."
-        )
+        raise ConfigError(f"{key} with levels of different width ({channels}); all must be equal.")

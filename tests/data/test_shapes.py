@@ -278,7 +278,7 @@ def test_slower_of_two_processes_takes_what_is_there(cache, monkeypatch):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PANET_D2_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"file.*shapes_v1: .*PANET_D2_CACHE names another folder"):
+    with pytest.raises(DataError, match=r"file.*shapes_v1: .*PANET_D2_CACHE to another folder"):
         shapes.ensure_shapes()
 
 

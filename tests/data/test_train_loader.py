@@ -44,7 +44,7 @@ def upright(monkeypatch):
     """Every other image is upright, as far as the loader knows."""
     from panet_d2.data import train_loader
 
-    real = train_loader._train_loader_from_config
+    real = train_loader.train_loader_from_config
 
     def from_config(*args, **kwargs):
         args = real(*args, **kwargs)
@@ -53,7 +53,7 @@ def upright(monkeypatch):
                 image["width"], image["height"] = image["height"], image["width"]
         return args
 
-    monkeypatch.setattr(train_loader, "_train_loader_from_config", from_config)
+    monkeypatch.setattr(train_loader, "train_loader_from_config", from_config)
 
 
 class AnySize(Noisy):
@@ -199,7 +199,7 @@ def test_a_batch_must_split_evenly(cfg, monkeypatch):
 def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
     from panet_d2.data import train_loader
 
-    real = train_loader._train_loader_from_config
+    real = train_loader.train_loader_from_config
 
     def without_sizes(*args, **kwargs):
         made = real(*args, **kwargs)
@@ -207,7 +207,7 @@ def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
             del image["width"], image["height"]
         return made
 
-    monkeypatch.setattr(train_loader, "_train_loader_from_config", without_sizes)
+    monkeypatch.setattr(train_loader, "train_loader_from_config", without_sizes)
     with pytest.raises(ConfigError, match="DATALOADER.ASPECT_RATIO_GROUPING.*SEED 5.*width"):
         build_train_loader(cfg, NamedImageMapper(cfg, True))
     cfg.merge_from_list(["SEED", -1, "INPUT.SAME_SIZE_PER_BATCH", True])

@@ -1,7 +1,7 @@
 """
-A small data set of drawn shapes, made on first use: six classes, 8 to 200 pixels large, textured,
+The embedded dataset, drawn on first use: shapes of six classes, 8 to 200 pixels large, textured,
 overlapping and cut off by the border. It shows within minutes whether a model learns to segment
-instances at all scales, where no large data set is at hand.
+instances at all scales.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ from tqdm import tqdm
 
 from ...errors import DataError
 
-__all__ = ["CLASSES", "SPLITS", "ensure_shapes", "register_shapes", "render_image"]
-
 CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
 
-# Part of the seeds and of the folder's name: a new one is due whenever the pictures change, so
-# that no cache of old pictures is taken for the new ones.
+# Part of the seeds and of the folder's name. Increase it whenever the pictures change, so that no
+# cache of old pictures is used.
 _VERSION = 1
 _MIN_SIDE, _MAX_SIDE = 8.0, 200.0 / 256.0  # in pixels; as a share of the image
 _MIN_COUNT, _MAX_COUNT = 6, 16
-# What remains to be seen of every instance: less could not be told from another class.
+# The visible part of every instance: with less, classes could not be told apart.
 _MIN_VISIBLE, _MIN_AREA = 0.6, 16
 _TRIES = 30
 _PATTERNS = ("plain", "ramp", "noise", "stripes", "checks", "dots")
@@ -56,7 +54,7 @@ def _spikes(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarr
 def _distance(category: int, x: np.ndarray, y: np.ndarray, slim: float) -> np.ndarray:
     """
     Distance to the outline in the shape's own frame, where it fills the unit circle; negative
-    inside. ``slim``, from 0 to 1, is what instances of one class differ in.
+    inside. Instances of one class differ in ``slim``, from 0 to 1.
     """
     name, ax, ay = CLASSES[category], np.abs(x), np.abs(y)
     if name == "disc":
@@ -160,10 +158,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _colours(rng: np.random.Generator, category: int, count: int) -> np.ndarray:
-    """
-    Colours that a shape of this class may have, count x 3. Each class prefers a hue, as things
-    do, but they overlap: hue alone does not tell them apart.
-    """
+    """Colours of a class, count x 3. Hues of classes overlap, so that hue alone does not tell."""
     hue = (360 * category / len(CLASSES) + 12 * rng.standard_normal(count)) % 360
     saturation, value = rng.uniform(0.4, 1, count), rng.uniform(80, 245, count)
     hsv = np.stack([hue, saturation, value], axis=-1).astype(np.float32)
@@ -173,11 +168,11 @@ def _colours(rng: np.random.Generator, category: int, count: int) -> np.ndarray:
 def _paint(
     rng: np.random.Generator, image: np.ndarray, distance: np.ndarray, category: int, side: float
 ) -> None:
-    """Draw one shape with its shadow over ``image``, which is of the size of ``distance``."""
+    """Draw one shape with its shadow over ``image``, which has the size of ``distance``."""
     height, width = distance.shape
     alpha = np.clip(0.5 - distance, 0, 1)
     shadow = np.clip(1 - distance / _pad(side), 0, 1) ** 2
-    # The first colour that stands out from what is below, else the one that does most.
+    # The first colour that stands out from the pixels under it, else the one that does most.
     below = (image * alpha[..., None]).sum((0, 1)) / alpha.sum()
     colours = _colours(rng, category, 12)
     contrast = np.linalg.norm(colours - below, axis=1)
@@ -208,13 +203,9 @@ def _place(
     rng: np.random.Generator, inside: np.ndarray, pad: int, owner: np.ndarray, full: list[int]
 ) -> tuple | None:
     """
-    Find a place where a new shape and all below it remain visible enough.
-
-    Args:
-        inside (ndarray): the shape on its grid, h x w, bool.
-        pad (int): margin of the grid around the shape.
-        owner (ndarray): number of the visible shape at each pixel, size x size; -1 for none.
-        full (list[int]): areas of the shapes so far, without occlusion.
+    Find a place where the new shape, ``inside`` (h x w, bool), and all under it stay visible.
+    ``owner`` has the number of the visible shape at each pixel, -1 for none; ``full`` the areas of
+    the shapes so far, without occlusion.
     """
     size = len(owner)
     needed = np.maximum(_MIN_AREA, _MIN_VISIBLE * np.array([*full, inside.sum()]))
@@ -233,17 +224,17 @@ def _place(
 
 def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, list[dict]]:
     """
-    Draw one image of the data set. It depends on nothing but the arguments.
+    Draw one image. It depends on the arguments alone.
 
     Args:
         split (str): a key of ``SPLITS``.
-        index (int): number of the image, from 0; may go beyond the number in ``SPLITS``.
+        index (int): number of the image, from 0; may exceed the number in ``SPLITS``.
         size (int): side of the image in pixels, at least 64. The largest shapes grow with it.
 
     Returns:
-        tuple[ndarray, list[dict]]: the image, size x size x 3, uint8 in RGB; and its instances, a
-        dict each, with ``category`` (int, index into ``CLASSES``) and ``mask`` (ndarray,
-        size x size, bool), which is the part that is visible. Masks do not overlap.
+        tuple[ndarray, list[dict]]: the image, size x size x 3, uint8 in RGB; and for each instance
+        ``category`` (int, index into ``CLASSES``) and ``mask`` (ndarray, size x size, bool), its
+        visible part. Masks do not overlap.
 
     Raises:
         ValueError: if the split is unknown, the index negative or the size too small.
@@ -258,7 +249,7 @@ def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, l
     owner = np.full((size, size), -1)
     count = rng.integers(_MIN_COUNT, _MAX_COUNT + 1)
     sides = np.exp(rng.uniform(np.log(_MIN_SIDE), np.log(_MAX_SIDE * size), count))
-    # Small shapes are mostly, but not always, on top: else few of them would be seen at all.
+    # Small shapes are mostly, but not always, on top. Otherwise few of them would be visible.
     order = np.argsort(-sides * np.exp(rng.uniform(-0.7, 0.7, count)), kind="stable")
     full: list[int] = []
     categories: list[int] = []
@@ -280,7 +271,7 @@ def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, l
 
 
 def _annotation(instance: dict) -> dict:
-    """COCO's fields for one instance, except for the ids."""
+    """COCO's fields of one instance without its ids."""
     rle = mask_util.encode(np.asfortranarray(instance["mask"], dtype=np.uint8))
     return {
         "category_id": instance["category"] + 1,
@@ -304,7 +295,7 @@ def _write_split(folder: str, split: str, progress: tqdm) -> None:
         height, width = image.shape[:2]
         images.append({"id": index, "file_name": name, "height": height, "width": width})
         for instance in instances:
-            # COCO's evaluation takes an annotation with id 0 for no annotation.
+            # COCO's evaluation treats id 0 as no annotation.
             ids = {"id": len(annotations) + 1, "image_id": index}
             annotations.append({**ids, **_annotation(instance)})
         progress.update()
@@ -328,7 +319,7 @@ def _folder(root: str | None) -> str:
 
 
 def _remove_stale(folder: str) -> None:
-    """Remove what processes that were killed left behind; not what others are working on."""
+    """Remove what killed processes left; not what others are working on."""
     root, prefix = os.path.dirname(folder), os.path.basename(folder) + ".tmp-"
     for name in os.listdir(root):
         path = os.path.join(root, name)
@@ -339,20 +330,19 @@ def _remove_stale(folder: str) -> None:
 
 def ensure_shapes(root: str | None = None) -> str:
     """
-    Make the data set, unless it is there already: well under a minute's work and 130 MB on disk.
-    Any number of processes may do so at once, and each may be killed: the folder is there as a
-    whole or not at all.
+    Draw the dataset unless it exists: less than a minute, 130 MB. Several processes may do so at
+    once, and each may be killed: the folder is complete or does not exist.
 
     Args:
-        root (str | None): folder for caches. By default the environment variable
-            ``PANET_D2_CACHE``, and ``~/.cache/panet_d2`` where that is not set.
+        root (str | None): folder for caches; by default the environment variable
+            ``PANET_D2_CACHE``, or ``~/.cache/panet_d2`` if it is not set.
 
     Returns:
-        str: the folder ``<root>/shapes_v1`` with the images ``<split>/000000.png`` and the
-        annotations ``annotations/instances_<split>.json``, in COCO format with masks in RLE.
+        str: the folder ``<root>/shapes_v1`` with ``<split>/000000.png``, … and
+        ``annotations/instances_<split>.json``, in COCO format with masks in RLE.
 
     Raises:
-        DataError: if the folder is there, but without its annotations; or cannot be written.
+        DataError: if the folder lacks its annotations or cannot be written.
     """
     folder = _folder(root)
     if os.path.isdir(folder):
@@ -360,15 +350,15 @@ def ensure_shapes(root: str | None = None) -> str:
         if missing:
             raise DataError(
                 f"{folder} is incomplete, it lacks {_json_file(folder, missing[0])}; delete the "
-                "folder to have it made anew."
+                "folder, and it is drawn again."
             )
         return folder
     try:
         _make(folder)
     except OSError as e:
         raise DataError(
-            f"cannot make the shapes data set in {folder}: {e.strerror or e}. The environment "
-            "variable PANET_D2_CACHE names another folder for it."
+            f"cannot write the embedded dataset to {folder}: {e.strerror or e}. Set the "
+            "environment variable PANET_D2_CACHE to another folder."
         ) from e
     return folder
 
@@ -376,10 +366,10 @@ def ensure_shapes(root: str | None = None) -> str:
 def _make(folder: str) -> None:
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     _remove_stale(folder)
-    # Not by tempfile, whose folders no other user can read.
+    # Not by tempfile, whose folders other users cannot read.
     unfinished = f"{folder}.tmp-{uuid.uuid4().hex}"
     total = sum(SPLITS.values())
-    _logger.info("Drawing %d images of the shapes data set into %s", total, folder)
+    _logger.info("Drawing %d images of the embedded dataset into %s", total, folder)
     try:
         os.makedirs(os.path.join(unfinished, "annotations"))
         with tqdm(total=total, desc="shapes", unit="image", mininterval=1) as progress:
@@ -387,7 +377,7 @@ def _make(folder: str) -> None:
                 _write_split(unfinished, split, progress)
         try:
             os.rename(unfinished, folder)
-        except OSError:  # unless another process was faster
+        except OSError:  # another process may have been faster
             if not os.path.isdir(folder):
                 raise
     finally:
@@ -401,17 +391,17 @@ def _load(root: str, split: str, name: str) -> list[dict]:
 
 def register_shapes() -> None:
     """
-    Make ``panet_shapes_train`` and ``panet_shapes_val`` known to Detectron2. A dataset that has one
-    of these names already stays. The images are drawn when a split is first loaded, into the folder
-    that :func:`ensure_shapes` takes by default at the time of this call.
+    Register ``panet_shapes_train`` and ``panet_shapes_val``. A registered dataset of that name
+    stays. The images are drawn when a split is first loaded, into the default folder of
+    :func:`ensure_shapes` at the time of this call.
     """
     folder = _folder(None)
     for split in SPLITS:
         name = f"panet_shapes_{split}"
         if name in DatasetCatalog:
             continue
-        # One root for both, whatever becomes of the environment: the evaluator reads the
-        # annotations where the metadata says, not where the loader has put them.
+        # One root for loader and metadata, even if the environment changes: the evaluator reads the
+        # annotations where the metadata says.
         DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), split, name))
         MetadataCatalog.get(name).set(
             json_file=_json_file(folder, split),

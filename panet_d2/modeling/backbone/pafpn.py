@@ -16,25 +16,19 @@ from torch import nn
 from ...config import read_choice
 from ...errors import ConfigError
 
-__all__ = [
-    "PAFPN",
-    "build_resnet_pafpn_backbone",
-    "build_retinanet_resnet_pafpn_backbone",
-]
-
 ACTIVATIONS = ("relu", "")
 BOTTOM_UP_INPUTS = ("output", "sum")
 
 
 class PAFPN(FPN):
     """
-    The Path Aggregation FPN: FPN's levels P2…P5, and a path that leads back up through them to
-    N2…N5 (PANet, Sec. 3.1). N2 is P2, and
+    The Path Aggregation FPN: FPN's levels P2…P5 and a bottom-up path N2…N5 (PANet, Sec. 3.1).
+    N2 is P2, and
 
         N(i+1) = relu(conv3x3(relu(conv3x3, stride 2 (N(i))) + P(i+1)))
 
     The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
-    works as it is, and FPN's parameters keep theirs, so that its checkpoints load.
+    works. FPN's parameters keep their names, so that its checkpoints load.
     """
 
     @configurable
@@ -57,18 +51,17 @@ class PAFPN(FPN):
         Args:
             bottom_up, in_features, out_channels, norm, fuse_type, square_pad:
                 see :class:`detectron2.modeling.FPN`. The bottom-up path has the same width and
-                norm as the FPN.
+                norm.
             top_block (nn.Module or None): see :class:`detectron2.modeling.FPN`. If it reads a
-                level of the pyramid ("p5"), it is given that level's N.
-            activation (str): what follows each conv of the bottom-up path: "relu", as in the
-                paper, or "" for nothing, as in the authors' release where there is no norm.
-            bottom_up_input (str): what each step reads from the one below: "output" for N(i), as
-                in the paper, or "sum" for what N(i) is made of by its 3x3 conv, as in
-                mmdetection's PAFPN.
-            bias_before_norm (bool): give the bottom-up convs a bias even where a norm follows, as
-                in the authors' release.
-            channels_last (bool): have the feature maps of ``bottom_up`` and of the neck lie in
-                memory with their channels last.
+                level of the pyramid ("p5"), it reads that level's N.
+            activation (str): after each conv of the bottom-up path: "relu" (the paper) or "" for
+                none (the authors' release without a norm).
+            bottom_up_input (str): what each step reads from the level before it: "output" for
+                N(i) (the paper), or "sum" for the input of N(i)'s 3x3 conv (mmdetection's PAFPN).
+            bias_before_norm (bool): give the bottom-up convs a bias even before a norm, as in the
+                authors' release.
+            channels_last (bool): keep the feature maps of ``bottom_up`` and of the neck in the
+                channels-last memory format.
 
         Raises:
             ValueError: if ``activation`` or ``bottom_up_input`` is unknown, or ``in_features`` are
@@ -91,12 +84,13 @@ class PAFPN(FPN):
             square_pad=square_pad,
         )
         self.bottom_up_input = bottom_up_input
-        # "p2", "p3", …: the levels that the bottom-up path goes through.
         names = list(self.output_shape())
-        self.levels = names[: len(in_features)]
+        self.levels = names[: len(in_features)]  # "p2", "p3", …
         self.extra_levels = names[len(in_features) :]
 
-        downsample_convs, fusion_convs = [], []
+        # From high to low resolution. Plain lists, as in FPN: the modules are registered below.
+        self.downsample_convs: List[nn.Module] = []
+        self.fusion_convs: List[nn.Module] = []
         for level in self.levels[1:]:
             pair = [
                 Conv2d(
@@ -113,15 +107,11 @@ class PAFPN(FPN):
             ]
             for conv in pair:
                 weight_init.c2_xavier_fill(conv)
-            # Named for the level that they make, as FPN names its convs: 3 for N3.
-            stage = level[1:]
-            self.add_module(f"pafpn_downsample{stage}", pair[0])
-            self.add_module(f"pafpn_output{stage}", pair[1])
-            downsample_convs.append(pair[0])
-            fusion_convs.append(pair[1])
-        # From high to low resolution. Plain lists, as in FPN: the modules are registered above.
-        self.downsample_convs = downsample_convs
-        self.fusion_convs = fusion_convs
+            # Named for the level that they make, as in FPN: 3 for N3.
+            self.add_module(f"pafpn_downsample{level[1:]}", pair[0])
+            self.add_module(f"pafpn_output{level[1:]}", pair[1])
+            self.downsample_convs.append(pair[0])
+            self.fusion_convs.append(pair[1])
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
@@ -131,12 +121,12 @@ class PAFPN(FPN):
         """
         Args:
             cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
-            bottom_up (Backbone): the network below the FPN.
-            top_block (nn.Module or None): what makes the levels above N5.
+            bottom_up (Backbone): the network before the FPN.
+            top_block (nn.Module or None): makes the levels after N5.
 
         Raises:
-            ConfigError: if ``MODEL.FPN.IN_FEATURES`` do not form a pyramid, a value of
-                ``MODEL.PAFPN`` is unknown, or it asks for channels last of deformable convs.
+            ConfigError: if ``MODEL.FPN.IN_FEATURES`` are not a pyramid, a value of ``MODEL.PAFPN``
+                is unknown, or ``CHANNELS_LAST`` is set with deformable convs.
         """
         try:
             _check_pyramid(
@@ -147,9 +137,9 @@ class PAFPN(FPN):
         channels_last = read_choice(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False))
         if channels_last and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
             raise ConfigError(
-                "MODEL.PAFPN.CHANNELS_LAST is True; it must be False where "
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convs, which take maps with "
-                "their channels first only."
+                "MODEL.PAFPN.CHANNELS_LAST is True; it must be False if "
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convs, which read contiguous "
+                "feature maps only."
             )
         return {
             "bottom_up": bottom_up,
@@ -170,8 +160,8 @@ class PAFPN(FPN):
             x (Tensor): images of shape (B, 3, H, W), padded to :attr:`size_divisibility`.
 
         Returns:
-            dict[str, Tensor]: level name to feature map, from high to low resolution: "p2" holds
-            N2, of shape (B, out_channels, H / 4, W / 4), and so on.
+            dict[str, Tensor]: feature maps by level, from high to low resolution. "p2" holds N2,
+            of shape (B, out_channels, H / 4, W / 4), and so on.
         """
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -184,9 +174,8 @@ class PAFPN(FPN):
             pyramid[level] = fusion(feature)
             if self.bottom_up_input == "output":
                 feature = pyramid[level]
-        # FPN has run the top block already, on P5. Where it reads the backbone (RetinaNet's P6
-        # from res5) that stands; where it reads the pyramid, the paper's N6 comes from N5. Doing
-        # it twice costs nothing that can be measured at that resolution.
+        # FPN ran the top block on P5. If the block reads the pyramid, the paper's N6 comes from N5:
+        # run it again, at a resolution that costs nothing. RetinaNet's P6 from res5 stays.
         if self.top_block is not None and self.top_block.in_feature in pyramid:
             extra = self.top_block(pyramid[self.top_block.in_feature])
             pyramid.update(zip(self.extra_levels, extra))
@@ -197,8 +186,8 @@ def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: s
     """Raise a ValueError that calls ``in_features`` by ``name`` if they are not a pyramid."""
     if any(f not in shapes for f in in_features):
         raise ValueError(
-            f"{name} is {list(in_features)}, but the network below puts out {list(shapes)} "
-            "(MODEL.RESNETS.OUT_FEATURES)."
+            f"{name} is {list(in_features)}, but the outputs of the bottom-up network are "
+            f"{list(shapes)} (MODEL.RESNETS.OUT_FEATURES)."
         )
     strides = [shapes[f].stride for f in in_features]
     if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
@@ -212,24 +201,21 @@ def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: s
 @BACKBONE_REGISTRY.register()
 def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
     """
-    ResNet, FPN and the bottom-up path, with N6 max-pooled from N5 for the RPN.
+    Build ResNet, FPN and the bottom-up path, with N6 max-pooled from N5 for the RPN.
 
     Args:
         cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
         input_shape (ShapeSpec): shape of the images.
-
-    Returns:
-        PAFPN: the backbone.
 
     Raises:
         ConfigError: see :meth:`PAFPN.from_config`.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     top_block = LastLevelMaxPool()
-    # Detectron2's block reads "p5" whatever the pyramid; ours may end lower. Levels are named by
-    # their strides, which dilation makes others than the stage's number says.
+    # Detectron2's block always reads "p5"; this pyramid may end at another level. Levels are named
+    # by their strides, which dilation changes.
     last = bottom_up.output_shape().get(next(reversed(cfg.MODEL.FPN.IN_FEATURES), ""))
-    if last:
+    if last and last.stride:
         top_block.in_feature = f"p{int(math.log2(last.stride))}"
     return PAFPN(cfg, bottom_up, top_block)
 
@@ -237,32 +223,26 @@ def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
     """
-    ResNet, FPN and the bottom-up path, with RetinaNet's P6 and P7 made from res5.
+    Build ResNet, FPN and the bottom-up path, with RetinaNet's P6 and P7 made from res5.
 
     Args:
         cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
         input_shape (ShapeSpec): shape of the images.
 
-    Returns:
-        PAFPN: the backbone.
-
     Raises:
         ConfigError: see :meth:`PAFPN.from_config`.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
-    _require_res5(bottom_up, cfg.MODEL.FPN.IN_FEATURES)
-    top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    outputs, in_features = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
+    if "res5" not in outputs:
+        raise ConfigError(
+            f"MODEL.RESNETS.OUT_FEATURES is {list(outputs)}; it must contain 'res5', from which "
+            "RetinaNet makes P6."
+        )
+    if list(in_features[-1:]) != ["res5"]:  # P6 and P7 would have other strides than FPN says
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {list(in_features)}; the last must be 'res5', from which "
+            "RetinaNet makes P6."
+        )
+    top_block = LastLevelP6P7(outputs["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
     return PAFPN(cfg, bottom_up, top_block)
-
-
-def _require_res5(bottom_up: Backbone, in_features: List[str]) -> None:
-    if "res5" not in bottom_up.output_shape():
-        raise ConfigError(
-            f"MODEL.RESNETS.OUT_FEATURES is {list(bottom_up.output_shape())}; RetinaNet's P6 is "
-            "made from 'res5', so it must be among them."
-        )
-    if list(in_features[-1:]) != ["res5"]:  # or P6 and P7 have other strides than FPN says
-        raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES is {list(in_features)}; RetinaNet's P6 is made from 'res5', so "
-            "that must be the last."
-        )

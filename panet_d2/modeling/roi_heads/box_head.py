@@ -12,15 +12,13 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from ...layers import Linear
 
-__all__ = ["FastRCNNConvFCNormHead"]
-
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class FastRCNNConvFCNormHead(FastRCNNConvFCHead):
     """
-    Detectron2's box head with the norm behind its fully-connected layers too, where Detectron2
-    has it behind the convs alone. The authors' release has a GroupNorm behind both layers of its
-    2fc head. The layers keep their names; the norms are ``fc1.norm``, ….
+    Detectron2's box head with the norm after its fully-connected layers too. The authors' release
+    has a GroupNorm after both layers of its 2fc head. The layers keep their names; the norms are
+    ``fc1.norm``, ….
     """
 
     @configurable
@@ -41,10 +39,8 @@ class FastRCNNConvFCNormHead(FastRCNNConvFCHead):
         """
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
         for k, fc in enumerate(self.fcs):
-            # The activation is the parent's own module, which comes next in the sequence.
-            normed = Linear(
-                fc.in_features, fc.out_features, norm=get_norm(conv_norm, fc.out_features)
-            )
+            # The parent's activation follows in the sequence.
+            normed = Linear(fc.in_features, fc.out_features, get_norm(conv_norm, fc.out_features))
             weight_init.c2_xavier_fill(normed)
             setattr(self, f"fc{k + 1}", normed)
             self.fcs[k] = normed

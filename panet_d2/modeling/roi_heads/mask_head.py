@@ -15,14 +15,12 @@ from torch import nn
 from ...config import read_choice
 from ...errors import ConfigError
 
-__all__ = ["FCFusionBranch", "PANetMaskHead"]
-
 
 class FCFusionBranch(nn.Module):
     """
     The fully-connected path of PANet's mask head (Sec. 3.3): a 3x3 conv, a 3x3 conv that halves
-    the channels, and one linear layer that predicts a whole class-agnostic mask, so that every
-    pixel of it sees the whole proposal.
+    the channels, and one linear layer that predicts a class-agnostic mask. Every pixel of the mask
+    sees the whole proposal.
     """
 
     def __init__(self, input_shape: ShapeSpec, norm: str = "", relu: bool = False):
@@ -30,19 +28,15 @@ class FCFusionBranch(nn.Module):
         Args:
             input_shape (ShapeSpec): channels, height and width of the features it reads.
             norm (str or callable): norm of the convs, see :func:`detectron2.layers.get_norm`.
-            relu (bool): put a ReLU behind the linear layer.
+            relu (bool): add a ReLU after the linear layer.
         """
         super().__init__()
-        channels = input_shape.channels
+        channels, height, width = input_shape.channels, input_shape.height, input_shape.width
         self.conv1 = _conv(channels, channels, norm)
         self.conv2 = _conv(channels, channels // 2, norm)
-        # The deconv of the FCN path doubles the resolution; so does this.
-        self.mask_size = (2 * input_shape.height, 2 * input_shape.width)
-        self.fc = nn.Linear(
-            (channels // 2) * input_shape.height * input_shape.width,
-            self.mask_size[0] * self.mask_size[1],
-        )
-        # As the authors' release: small, so that the FCN path leads at first.
+        self.mask_size = (2 * height, 2 * width)  # as after the FCN path's deconv
+        self.fc = nn.Linear((channels // 2) * height * width, 4 * height * width)
+        # As in the authors' release: small, so that the FCN path leads at first.
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.constant_(self.fc.bias, 0)
         self.relu = nn.ReLU() if relu else nn.Identity()
@@ -76,11 +70,11 @@ def _conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
 @ROI_MASK_HEAD_REGISTRY.register()
 class PANetMaskHead(MaskRCNNConvUpsampleHead):
     """
-    Detectron2's mask head, whose layers keep their names, with fully-connected fusion.
+    Detectron2's mask head with fully-connected fusion. The parent's layers keep their names.
 
     The fully-connected path leaves the FCN path before its last conv: after the third of the
-    paper's four. With adaptive feature pooling, the first of the four is the pooler's adaptation
-    layer and the head has three.
+    paper's four. With adaptive feature pooling, the pooler's adaptation layer is the first of the
+    four and the head has three.
     """
 
     @configurable
@@ -100,13 +94,13 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
             input_shape, num_classes, conv_dims, conv_norm, kwargs: see
                 :class:`detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead`.
                 ``input_shape`` needs its height and width.
-            fc_fusion (bool): add the fully-connected path; without it this is the parent.
-            fc_relu (bool): put a ReLU behind its linear layer, as the authors' release does and
-                the paper does not mention.
+            fc_fusion (bool): add the fully-connected path. Without it this is the parent.
+            fc_relu (bool): add a ReLU after its linear layer. The authors' release has it; the
+                paper does not mention it.
 
         Raises:
-            ValueError: if ``fc_fusion`` is true and there is no conv before which to leave, or
-                half of the channels cannot have this norm.
+            ValueError: if ``fc_fusion`` is true and there is no conv before the deconv, or half of
+                the channels cannot have this norm.
         """
         super().__init__(
             input_shape,
@@ -137,34 +131,34 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
             input_shape (ShapeSpec): shape of the pooled features.
 
         Raises:
-            ConfigError: if a value of ``MODEL.ROI_MASK_HEAD`` cannot work, see the message.
+            ConfigError: if a value of ``MODEL.ROI_MASK_HEAD`` cannot work.
         """
-        node = cfg.MODEL.ROI_MASK_HEAD
+        node, key = cfg.MODEL.ROI_MASK_HEAD, "MODEL.ROI_MASK_HEAD"
         ret = super().from_config(cfg, input_shape)
-        ret["fc_fusion"] = read_choice(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", (True, False))
-        ret["fc_relu"] = read_choice(cfg, "MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", (True, False))
+        ret["fc_fusion"] = read_choice(cfg, f"{key}.FC_FUSION.ENABLED", (True, False))
+        ret["fc_relu"] = read_choice(cfg, f"{key}.FC_FUSION.RELU", (True, False))
         if not ret["fc_fusion"]:
             return ret
         if not isinstance(input_shape, ShapeSpec):
             raise ConfigError(
-                "MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty; PANetMaskHead reads pooled features "
-                "and accepts ROIAlignV2 or ROIAlign."
+                f"{key}.POOLER_TYPE is empty; PANetMaskHead reads pooled features, so it must be "
+                "ROIAlignV2 or ROIAlign."
             )
         if node.NUM_CONV < 1:
             raise ConfigError(
-                f"MODEL.ROI_MASK_HEAD.NUM_CONV is {node.NUM_CONV}; with FC_FUSION it must be at "
-                "least 1, because the fully-connected path leaves before the last conv."
+                f"{key}.NUM_CONV is {node.NUM_CONV}; with FC_FUSION it must be at least 1, because "
+                "the fully-connected path leaves before the last conv."
             )
         if node.NORM == "GN" and node.NUM_CONV > 1 and node.CONV_DIM % 64:
             raise ConfigError(
-                f"MODEL.ROI_MASK_HEAD.CONV_DIM is {node.CONV_DIM}; with NORM: GN and FC_FUSION it "
-                "must be a multiple of 64, because half of the channels make 32 groups."
+                f"{key}.CONV_DIM is {node.CONV_DIM}; with NORM: GN and FC_FUSION it must be a "
+                "multiple of 64, because half of the channels make 32 groups."
             )
         if node.NORM == "GN" and node.NUM_CONV == 1 and input_shape.channels % 64:
             raise ConfigError(
-                "MODEL.ROI_MASK_HEAD.NUM_CONV is 1, so that the fully-connected path reads what is "
-                f"pooled, of {input_shape.channels} channels; with NORM: GN they must be a "
-                "multiple of 64, because half of them make 32 groups."
+                f"{key}.NUM_CONV is 1, so the fully-connected path reads the pooled features, of "
+                f"{input_shape.channels} channels; with NORM: GN these must be a multiple of 64, "
+                "because half of them make 32 groups."
             )
         return ret
 
@@ -174,8 +168,8 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
             x (Tensor): pooled features of shape (M, C, R, R).
 
         Returns:
-            Tensor: mask logits of shape (M, num_classes, 2R, 2R): the FCN path's, and on every
-            class the fully-connected path's.
+            Tensor: mask logits of shape (M, num_classes, 2R, 2R): the FCN path's plus, for every
+            class, the fully-connected path's.
         """
         if not self.fc_fusion_on:
             return super().layers(x)
@@ -184,7 +178,7 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
 
     def forward_paths(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """
-        The two predictions before they are added, for those who want to look at them.
+        Predict with each path by itself.
 
         Args:
             x (Tensor): pooled features of shape (M, C, R, R).

@@ -1,4 +1,4 @@
-"""Detectron2's ROI heads with adaptive feature pooling in front of any of their branches."""
+"""Detectron2's ROI heads with adaptive feature pooling before any of their branches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from ..._detectron2 import HeadHooks
 from ...config import read_choice
 from ..poolers import AdaptiveROIPooler
 
-__all__ = ["AdaptivePoolingMixin", "PANetCascadeROIHeads", "PANetROIHeads"]
-
 
 class AdaptivePoolingMixin(HeadHooks):
     """
-    Gives a :class:`StandardROIHeads` adaptive feature pooling, by config, for each branch whose
-    ``AFP.ENABLED`` is true. The branches, their losses and their inference stay the parent's.
+    Adds adaptive feature pooling to a :class:`StandardROIHeads`, for each branch whose
+    ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's.
     """
 
     @classmethod
@@ -36,9 +34,8 @@ class AdaptivePoolingMixin(HeadHooks):
         if not branch_on or not read_choice(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
             return parent(cfg, input_shape)
         pooler = AdaptiveROIPooler(cfg, input_shape, head)
-        # The parent sizes the head by the width of the levels and the pooler's resolution, so it
-        # is shown those that come out of the adaptation layers. The plain pooler that it makes
-        # on the way has no parameters and is dropped.
+        # The parent sizes the head by the width of the levels and the pooler's resolution, so give
+        # it those after the adaptation layers. Its own pooler has no parameters and is replaced.
         shape = pooler.output_shape
         head_cfg = cfg.clone()
         head_cfg.defrost()
@@ -55,15 +52,15 @@ class AdaptivePoolingMixin(HeadHooks):
 @ROI_HEADS_REGISTRY.register()
 class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
     """
-    :class:`StandardROIHeads` with adaptive feature pooling (PANet, Sec. 3.2) in front of the box,
-    mask and keypoint branch, each by its own switch. Constructed directly, it takes an
-    :class:`AdaptiveROIPooler` as any of its poolers, as its parent does.
+    :class:`StandardROIHeads` with adaptive feature pooling (PANet, Sec. 3.2) before the box, mask
+    and keypoint branch, each by its own switch. Constructed without a config, it takes an
+    :class:`AdaptiveROIPooler` as any of its poolers.
     """
 
 
 @ROI_HEADS_REGISTRY.register()
 class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
     """
-    :class:`CascadeROIHeads` with adaptive feature pooling in front of each branch. The stages
-    share the box pooler, as in the parent, and so its adaptation layers.
+    :class:`CascadeROIHeads` with adaptive feature pooling before each branch. The stages share
+    the box pooler, as in the parent, and so its adaptation layers.
     """
