@@ -1,0 +1,69 @@
+"""How the command-line tools end."""
+
+from __future__ import annotations
+
+import pytest
+
+import panet_d2
+from panet_d2 import ConfigError, PanetError, cli
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("status", [None, 0, 3])
+def test_the_status_is_the_tools(status):
+    assert cli.run(lambda given: given, status) == (status or 0)
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("KEY is 1; it must be 2."), FileNotFoundError(2, "not there", "lost.txt")]
+)
+def test_what_the_user_can_fix_is_one_sentence(error, capsys):
+    assert cli.run(raising(error)) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {error}\n" and not captured.out
+
+
+def test_one_line_whatever_the_message(capsys):
+    assert cli.run(raising(PanetError("a\n  b"))) == 1
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_the_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("PANET_D2_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        cli.run(raising(ConfigError("x")))
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, AssertionError])
+def test_other_errors_are_bugs_and_keep_their_traceback(error):
+    with pytest.raises(error):
+        cli.run(raising(error("x")))
+
+
+def test_a_run_of_users_code_keeps_tracebacks_of_oserrors(capsys):
+    """As train_net.py: a user's augmentation may raise one."""
+    with pytest.raises(OSError):
+        cli.run(raising(OSError("x")), errors=(PanetError,))
+    assert cli.run(raising(ConfigError("x")), errors=(PanetError,)) == 1
+
+
+def test_ctrl_c(capsys):
+    assert cli.run(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_every_error_is_a_panet_error():
+    names = [name for name in panet_d2.__all__ if name.endswith("Error") or "Diverged" in name]
+    assert len(names) == 6
+    assert all(issubclass(getattr(panet_d2, name), PanetError) for name in names)
+
+
+@pytest.mark.parametrize("error", [ConfigError, panet_d2.DataError, panet_d2.CheckpointError])
+def test_who_caught_a_value_error_still_does(error):
+    assert issubclass(error, ValueError)
