@@ -1,8 +1,8 @@
-# make demo      set up, then train, evaluate and look at a small PANet on the embedded data set
-# make test      set up, then run the linter and the test suite
+# make demo      set up, then train, evaluate and look at a small PANet on the embedded dataset
+# make test      set up, then run the linters and the test suite
 # make test-all  the same, with the tests that take minutes each: faults, fuzzing, load, export
 # make setup     only set up: .venv with everything in it
-# make lint      only the linter
+# make lint      only the linters: ruff, codespell and mypy
 # make clean     remove .venv and what the demo wrote
 #
 # PYTHON=python3.11       the Python that .venv is made with
@@ -36,7 +36,7 @@ endif
 FORCE:
 
 # An importable Detectron2 is left alone, unless another one is asked for.
-$(STAMP): setup.py $(wildcard requirements/*.txt) | $(BIN)/python
+$(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt) | $(BIN)/python
 	$(PIP) install -q -c requirements/constraints.txt -r requirements/detectron2-deps.txt -e '.[dev]'
 	@if [ -n "$(DETECTRON2)" ]; then \
 		echo "Installing Detectron2 from $(DETECTRON2)"; \
@@ -53,6 +53,13 @@ $(STAMP): setup.py $(wildcard requirements/*.txt) | $(BIN)/python
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	@# Types are checked where torch and numpy have the pinned versions.
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "$(BIN)/mypy"; $(BIN)/mypy; \
+	else \
+		echo "Skipping mypy: it needs Python 3.11 or later"; \
+	fi
 
 test: lint
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import panet_d2
 
@@ -20,9 +22,14 @@ CONFIGS = sorted(
     if f.suffix in (".py", ".yaml")
 )
 # What a source distribution is made from. Not the checkout itself: building leaves files in it.
-FILES = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"]
-FILES += ["pyproject.toml", "setup.py", "train_net.py"]
-FOLDERS = ["configs", "demo", "panet_d2", "requirements", "tests", "tools"]
+FILES = ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile"]
+FILES += ["README.md", "pyproject.toml", "setup.py", "train_net.py", ".pre-commit-config.yaml"]
+FOLDERS = ["configs", "datasets", "demo", "experiments", "panet_d2", "requirements"]
+FOLDERS += ["tests", "tools"]
+SCRIPTS = {
+    "panet-d2-info": "panet_d2.info:main",
+    "panet-d2-train": "panet_d2.engine.main:main",
+}
 
 USE = """
 from pathlib import Path
@@ -55,8 +62,24 @@ def run(*command, cwd, **env):
 
 
 def setuptools(hook, target, cwd):
-    """Build as pip does, without a network."""
-    run("-c", f"from setuptools import build_meta; build_meta.{hook}({str(target)!r})", cwd=cwd)
+    """Build as pip does: without a network, and where torch and Detectron2 cannot be imported."""
+    block = "import sys; sys.modules['torch'] = sys.modules['detectron2'] = None"
+    build = f"from setuptools import build_meta; build_meta.{hook}({str(target)!r})"
+    run("-c", f"{block}; {build}", cwd=cwd)
+
+
+def files_in(folder):
+    """Names relative to the folder, without what Python and editors leave there."""
+    files = (f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
+    return {str(f) for f in files if not any(p.startswith((".", "__pycache__")) for p in f.parts)}
+
+
+def sources(name):
+    """The files of one of the checkout's folders."""
+    if name == "datasets":
+        # The data that lies beside them may be large.
+        return {f.name for f in (ROOT / name).glob("*.py")}
+    return files_in(ROOT / name)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +91,9 @@ def source(tmp_path_factory):
     for name in FILES:
         shutil.copy(ROOT / name, checkout)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in sources(name):
+            (checkout / name / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name / file, checkout / name / file)
     setuptools("build_sdist", folder, cwd=checkout)
     name = f"panet_d2-{panet_d2.__version__}"
     shutil.unpack_archive(folder / f"{name}.tar.gz", folder)
@@ -89,21 +114,28 @@ def installed(source, tmp_path_factory):
     return folder / "site"
 
 
-def files_in(folder):
-    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+@pytest.fixture(scope="module")
+def metadata(installed):
+    """The wheel's folder of metadata."""
+    return installed / f"panet_d2-{panet_d2.__version__}.dist-info"
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_source_distribution_is_complete(source, name):
-    suffixes = (".py", ".yaml", ".txt", ".typed")
-    expected = {f for f in files_in(ROOT / name) if f.endswith(suffixes)}
+    expected = sources(name)
     assert expected and expected <= files_in(source / name)
 
 
-def test_wheel_has_the_package_alone(installed):
-    top = {f.name for f in installed.iterdir()}
-    assert top == {"panet_d2", f"panet_d2-{panet_d2.__version__}.dist-info"}
-    assert (installed / "panet_d2/py.typed").is_file()
+def test_source_distribution_has_the_files_at_the_top(source):
+    assert set(FILES) <= {f.name for f in source.iterdir()}
+
+
+def test_wheel_has_the_package_and_the_configs_alone(installed, metadata):
+    assert {f.name for f in installed.iterdir()} == {"panet_d2", metadata.name}
+    package = {f for f in sources("panet_d2") if not f.startswith("model_zoo/configs/")}
+    configs = {f"model_zoo/configs/{name}" for name in CONFIGS}
+    assert "py.typed" in package
+    assert files_in(installed / "panet_d2") == package | configs
 
 
 def test_wheel_has_every_config(installed):
@@ -117,8 +149,29 @@ def test_model_zoo_reads_what_is_installed(installed, tmp_path):
     assert printed.strip().splitlines()[-1] == "PANetROIHeads"
 
 
-def test_version_is_the_packages(installed):
+def test_version_is_the_packages(metadata):
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.?(a|b|rc|dev)\d+)?", panet_d2.__version__)
-    # Read by setup.py, which does not import the package.
-    metadata = installed / f"panet_d2-{panet_d2.__version__}.dist-info/METADATA"
-    assert f"\nVersion: {panet_d2.__version__}\n" in metadata.read_text()
+    assert f"\nVersion: {panet_d2.__version__}\n" in (metadata / "METADATA").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == panet_d2.__version__
+
+
+def test_console_scripts(installed, metadata, tmp_path):
+    entry_points = configparser.ConfigParser()
+    entry_points.read(metadata / "entry_points.txt")
+    assert {name: dict(entry_points[name]) for name in entry_points.sections()} == {
+        "console_scripts": SCRIPTS
+    }
+    for script in SCRIPTS.values():
+        module, function = script.split(":")
+        command = f"import {module} as m; m.{function}(['--help'])"
+        assert "usage:" in run("-c", command, cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_pre_commit_runs_the_pinned_versions():
+    constraints = (ROOT / "requirements/constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", constraints, flags=re.MULTILINE))
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    versions = {repo["repo"].rsplit("/", 1)[1]: repo["rev"] for repo in repos}
+    assert versions["ruff-pre-commit"] == f"v{pinned['ruff']}"
+    assert versions["codespell"] == f"v{pinned['codespell']}"
