@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """
-What a PANet gains by starting from a Mask R-CNN: train the Mask R-CNN, make a PANet of it with and
-without calibration, and train these and one from scratch on the same short schedule.
+Compare a PANet trained from scratch with PANets that start from a Mask R-CNN. Train the Mask R-CNN,
+convert it with and without calibration, and train all three PANets on the same short schedule.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import subprocess
 import sys
 from typing import Dict, List, Optional
 
+import pandas as pd
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import inference_context
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
 from torch import nn
 
 from panet_d2 import cli
@@ -40,7 +39,7 @@ RUNS = {
 
 
 def train(config_file: str, output: str, *opts: str) -> None:
-    """Train with train_net.py, or go on with a run that was cut off; a finished one is kept."""
+    """Train with train_net.py. Resume a run that was cut off, and keep a finished one."""
     if os.path.isfile(os.path.join(output, "model_final.pth")):
         return
     command = [sys.executable, TRAIN_NET, "--config-file", config_file, "--resume"]
@@ -62,7 +61,7 @@ def training_ap(cfg: CfgNode, model: nn.Module, count: int) -> float:
 
 
 def at_step_0(cfg: CfgNode, weights: str, count: int) -> Dict[str, float]:
-    """Mask AP of a checkpoint, or of the initial weights, on training and validation images."""
+    """Mask AP of a checkpoint or of the initial weights, on training and validation images."""
     seed_all_rng(max(cfg.SEED, 0))
     model = DefaultTrainer.build_model(cfg)
     if weights:
@@ -79,17 +78,18 @@ def curve(metrics_file: str) -> Dict[int, float]:
 
 
 def table(results: Dict[str, dict]) -> str:
-    """The results as Markdown: one row for the donor, one for each way to start."""
-    steps = sorted({int(step) for run in RUNS for step in results[run]["curve"]})
-    donor = results["donor"]
-    rows = [["Mask R-CNN, the donor", donor["training"], donor["validation"]]]
-    for run, title in RUNS.items():
-        start = results[run]
-        by_step = {int(step): ap for step, ap in start["curve"].items()}
-        aps = [by_step.get(step) for step in steps]
-        rows.append([title, start["training"], start["validation"], *aps])
-    headers = ["mask AP", "training images, step 0", "step 0", *(f"step {step}" for step in steps)]
-    return tabulate(rows, headers, tablefmt="github", floatfmt=".1f")
+    """Markdown table of the results: a row for the donor and one for each way to start."""
+    titles = {"donor": "Mask R-CNN, the donor", **RUNS}
+    rows = [
+        {
+            "training images, step 0": results[run]["training"],
+            "step 0": results[run]["validation"],
+            **{f"step {step}": ap for step, ap in results[run].get("curve", {}).items()},
+        }
+        for run in titles
+    ]
+    frame = pd.DataFrame(rows, index=list(titles.values())).rename_axis("mask AP")
+    return frame.astype(object).fillna("").to_markdown(tablefmt="github", floatfmt=".1f")
 
 
 def compare(args: argparse.Namespace) -> Dict[str, dict]:
@@ -98,7 +98,7 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
 
     os.makedirs(args.output, exist_ok=True)
     results: Dict[str, dict] = {}
-    if os.path.isfile(path("results.json")):  # of a comparison that was cut off
+    if os.path.isfile(path("results.json")):  # left by a comparison that was cut off
         with open(path("results.json")) as f:
             results = json.load(f)
 
@@ -112,7 +112,7 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
         if before != arguments.get(key):
             raise ConfigError(
                 f"{args.output} holds another comparison: {key} was {before} there and is "
-                f"{arguments.get(key)} now; name another --output."
+                f"{arguments.get(key)} now; set another --output."
             )
     keep("arguments", arguments)
 
@@ -146,15 +146,17 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, help="the PANet")
-    parser.add_argument("--donor-config", required=True, help="the Mask R-CNN")
-    parser.add_argument("--donor", help="its weights; trained by its config if not given")
-    parser.add_argument("--output", required=True, help="folder for everything")
+    parser = argparse.ArgumentParser(prog="python -m experiments.warm_start", description=__doc__)
+    parser.add_argument("--config-file", required=True, help="config of the PANet")
+    parser.add_argument("--donor-config", required=True, help="config of the Mask R-CNN")
+    parser.add_argument("--donor", help="weights of the Mask R-CNN; trained if not given")
+    parser.add_argument("--output", required=True, help="folder for runs and results")
     parser.add_argument("--steps", type=int, default=120, help="length of the short schedule")
-    parser.add_argument("--every", type=int, default=30, help="evaluate after so many steps")
-    parser.add_argument("--calibrate", type=int, default=32, help="images to calibrate with")
-    parser.add_argument("--train-images", type=int, default=100, help="evaluated at step 0")
+    parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
+    parser.add_argument(
+        "--calibrate", type=int, default=32, help="number of images for calibration"
+    )
+    parser.add_argument("--train-images", type=int, default=100, help="number evaluated at step 0")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
     for name in ("detectron2", "panet_d2"):

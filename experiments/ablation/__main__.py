@@ -1,7 +1,7 @@
-#!/usr/bin/env python
 """
-The paper's ablation: train the rungs from Mask R-CNN to PANet, and the side questions, with
-several seeds; then the table, with its uncertainty. What is done is not done again.
+The paper's ablation. Train the rungs from Mask R-CNN to full PANet, and the models of side
+questions, with several seeds. Then write the table, with confidence intervals, and the plots. Runs
+that have a JSON file are not trained again.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ BASELINES = {
     "shapes": os.path.join(ROOT, "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"),
 }
 EVALUATIONS = 6  # points of a run's curve
-# For runs that start from a trained ResNet: as far frozen as Detectron2's own are, and with what
-# made the baseline best in trials with seed 0.
+# For runs that start from a trained ResNet. The same stages are frozen as in Detectron2's configs.
+# The schedule is the baseline's best with seed 0.
 FINE_TUNING = [
     *("MODEL.BACKBONE.FREEZE_AT", "2", "SOLVER.BASE_LR", "0.0012"),
     *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
 ]
-# A warm-up of a sixth of the documented runs: after one of 50 steps most units of the heavier box
-# head are dead. Fewer proposals take a quarter off the time of Mask R-CNN's step, nearly half off
-# the whole PANet's; the shapes' config says the same.
+# A warm-up of a sixth of the documented runs. After a warm-up of 50 steps most units of the heavier
+# box head are dead. 64 proposals, as in the config of the shapes, take a quarter off the time of
+# Mask R-CNN's step and nearly half off full PANet's.
 FINE_TUNING_ON = {
     "shapes": ["SOLVER.WARMUP_ITERS", "500"],
     "dsb2018": ["SOLVER.WARMUP_ITERS", "200", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"],
@@ -61,10 +61,10 @@ QUICK = {"rungs": ["baseline", list(LADDER)[-1]], "seeds": [1], "steps": 150}
 
 
 def recorded_opts(results: str, rungs: List[str]) -> Dict[str, List[str]]:
-    """The overrides that the runs of each rung were made with; of those rungs that have runs."""
+    """Overrides of the runs, for each of the rungs that has runs."""
     runs = {name: seeds for name, seeds in load_results(results).items() if name in rungs}
     recorded = {name: next(iter(seeds.values()))["settings"] for name, seeds in runs.items()}
-    unused = ("config", "MODEL.WEIGHTS")  # weights change neither size nor time
+    unused = ("config", "MODEL.WEIGHTS")  # weights do not change size or time
     return {
         name: [part for k, v in settings.items() if k not in unused for part in (k, v)]
         for name, settings in recorded.items()
@@ -72,7 +72,7 @@ def recorded_opts(results: str, rungs: List[str]) -> Dict[str, List[str]]:
 
 
 def describe_models(config_file: str, opts: Dict[str, List[str]]) -> Dict[str, dict]:
-    """Parameters of each rung, and GFLOPs for an image of 256 x 256."""
+    """Parameters and GFLOPs, for an image of 256 x 256, of each rung."""
     return {
         name: model_size(
             setup_config(config_file, [*of_rung, "MODEL.DEVICE", "cpu"], needed=()), 256, 256
@@ -83,8 +83,8 @@ def describe_models(config_file: str, opts: Dict[str, List[str]]) -> Dict[str, d
 
 def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> Dict[str, dict]:
     """
-    Seconds of a training step and of an inference, all models in turn, medians of many. The
-    weights are random, so all get the same number of proposals and detections.
+    Median seconds of a training step and of an inference, measured for all models in turn. The
+    weights are random and all models get the same numbers of proposals and detections.
     """
     models = {}
     for name, of_rung in opts.items():
@@ -98,7 +98,7 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
             times[name][key] = median(seconds)
 
     measure("seconds_per_step", {n: training_step(m, inputs) for n, m in models.items()})
-    for model in models.values():  # only now: training moves the statistics of batch norm
+    for model in models.values():  # after training, which changes the statistics of batch norm
         set_score_threshold(model, inputs)
     measure("seconds_per_image", {n: inference(m, inputs[:1]) for n, m in models.items()})
     return times
@@ -106,8 +106,8 @@ def time_models(config_file: str, opts: Dict[str, List[str]], repeats: int) -> D
 
 def report(results: str, models: Dict[str, dict], document: Optional[str]) -> str:
     """
-    Draw the plots, and put the table into the document, if there is one, between the marks that
-    have the name of the folder of results. Returns the table.
+    Draw the plots and write the table into the document, if one is given, between the marks with
+    the name of the results' folder. Returns the table.
     """
     runs = load_results(results)
     rows = table(runs, models)
@@ -128,7 +128,7 @@ def report(results: str, models: Dict[str, dict], document: Optional[str]) -> st
 
 
 def read_models(results: str) -> Dict[str, dict]:
-    """Sizes and times of the rungs, as far as they were measured."""
+    """Sizes and times of the rungs that were measured."""
     path = os.path.join(results, "models.json")
     if not os.path.isfile(path):
         return {}
@@ -143,13 +143,13 @@ def write_models(results: str, models: Dict[str, dict]) -> None:
 
 
 def schedule(steps: int) -> List[str]:
-    """Config overrides for so many steps, the learning rate dropping where the configs' does."""
+    """Config overrides for ``steps`` steps. The learning rate drops as early as in the configs."""
     drops = [steps * 3 // 4, steps * 37 // 40]
     return ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", str(drops)]
 
 
 def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]:
-    """Make the JSON files that are missing."""
+    """Train the runs that have no JSON file. Returns a message for each run that failed."""
     opts = [*FINE_TUNING, *FINE_TUNING_ON[args.data]] if args.pretrain else []
     opts += [*(schedule(args.steps) if args.steps else []), *args.opts]
     cfg = setup_config(config_file, opts)
@@ -160,15 +160,15 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     os.makedirs(results, exist_ok=True)
     resnet_norm = None
     if args.pretrain:
-        # The ResNet's own is batch norm whatever the neck and the heads have, as ImageNet's have.
+        # The ResNet has batch norm, as those trained on ImageNet have, whatever --norm is.
         resnet_norm = args.norm if args.norm.endswith("BN") else "BN"
         baseline = (*overrides(RUNGS["baseline"]), "MODEL.RESNETS.NORM", resnet_norm)
-        # Named by its length, so that no run starts from a ResNet of another.
+        # The length is in the name, so that no run starts from a ResNet of another length.
         name = f"pretrain{args.pretrain}"
         run = Run(name, 0, config_file, (*baseline, *args.opts, *schedule(args.pretrain)))
         resnet = pretrained_resnet(run, work, results, TRAIN_NET)
         opts += ["MODEL.WEIGHTS", resnet]
-    # Seed by seed, so that a part of the work is a whole ladder.
+    # Seed by seed: a run that is cut off then leaves complete ladders.
     runs = [
         Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm, resnet_norm), *opts))
         for seed in args.seeds
@@ -178,45 +178,53 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.ablation", description=__doc__)
     parser.add_argument("--data", choices=list(BASELINES), default="dsb2018")
-    parser.add_argument("--config-file", help="another baseline, a Mask R-CNN with a 2fc head")
+    parser.add_argument("--config-file", help="another baseline: a Mask R-CNN with a 2fc box head")
     parser.add_argument(
-        "--groups", nargs="+", choices=list(GROUPS), help="the ladder; with --time, all with runs"
+        "--groups",
+        nargs="+",
+        choices=list(GROUPS),
+        help="groups of rungs; by default the ladder, with --time all that have runs",
     )
-    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="instead of groups")
+    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), help="replaces --groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="length of each run; the config's by default")
     parser.add_argument(
         "--pretrain",
         type=int,
         metavar="STEPS",
-        help="let all start from the ResNet of a Mask R-CNN that was trained so long before",
+        help="train a Mask R-CNN for so many steps first, and start all runs from its ResNet",
     )
     parser.add_argument(
         "--norm",
         default="GN",
-        help="of neck and heads: SyncBN on several GPUs",
+        help="norm of neck and heads; SyncBN on several GPUs",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", help=f"JSON files and plots; {RESULTS}/DATA by default")
-    parser.add_argument("--work", default="output/ablation", help="output folders of the runs")
     parser.add_argument(
-        "--document", help=f"to write the table into; {RESULTS}/README.md without --results"
+        "--results", help=f"folder of JSON files and plots; {RESULTS}/DATA by default"
+    )
+    parser.add_argument("--work", default="output/ablation", help="folder of the runs' output")
+    parser.add_argument(
+        "--document", help=f"file for the table; {RESULTS}/README.md without --results"
     )
     parser.add_argument("--report", action="store_true", help="only write the table and the plots")
     parser.add_argument(
         "--time",
         type=int,
         metavar="REPEATS",
-        help="train nothing: time the models side by side, on a machine that does nothing else",
+        help="only time the models side by side, on a machine that does nothing else",
     )
-    parser.add_argument("--quick", action="store_true", help="two rungs, once, in minutes")
+    parser.add_argument("--quick", action="store_true", help="two rungs, one seed, in minutes")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="for every run, that of --pretrain too"
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="config overrides of all runs, and of --pretrain",
     )
     args = parser.parse_args(argv)
-    # As an exception, so that the runs end as well.
+    # As an exception, so that the training runs are terminated as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     if args.quick:
         args.data, args.results = "shapes", args.results or "output/ablation/quick"
@@ -225,7 +233,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     groups = args.groups or (list(GROUPS) if args.time else ["ladder"])
     args.rungs = args.rungs or [name for group in groups for name in GROUPS[group]]
     document = args.document or (None if args.results else DOCUMENT)
-    # Its name is that of its place in the document and of the folder of its runs.
+    # The folder's name is also that of its place in the document and of its folder in --work.
     results = os.path.abspath(args.results or os.path.join(ROOT, RESULTS, args.data))
     config_file = args.config_file or BASELINES[args.data]
     models = read_models(results)

@@ -1,27 +1,34 @@
-"""The ablation's results for people: a table, and plots."""
+"""The tables and the plots of the ablation's results."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from statistics import mean
-from typing import Dict, List
+from math import isnan, nan
+from typing import Dict, List, NamedTuple, Optional
 
-from tabulate import tabulate
+import pandas as pd
+from scipy.stats import ttest_rel
 
 from panet_d2.analysis.plots import pyplot, save_figure
 from panet_d2.errors import DataError
 
 from .rungs import GROUPS, LADDER, RUNGS, overrides
 from .runner import differing_key
-from .statistics import paired_difference, standard_error
 
-__all__ = ["load_results", "plot_curves", "plot_differences", "table"]
+__all__ = [
+    "Difference",
+    "load_results",
+    "paired_difference",
+    "plot_curves",
+    "plot_differences",
+    "table",
+]
 
 Results = Dict[str, Dict[int, dict]]  # by rung and seed
 
-# What rungs differ in.
+# The config keys that rungs differ in.
 _RUNG_KEYS = {k for rung in RUNGS.values() for k in overrides(rung, resnet_norm="BN")[::2]}
 
 _BASELINE, _FULL = list(LADDER)[0], list(LADDER)[-1]
@@ -29,25 +36,33 @@ _BASELINE, _FULL = list(LADDER)[0], list(LADDER)[-1]
 _GROUP_TITLES = {
     "ladder": "The ladder",
     "alone": "Each part alone, compared with Mask R-CNN",
-    "without": "The whole without a part, compared with the whole",
-    "ideas": "Bottom-up path, adaptive pooling and fusion, compared with Mask R-CNN trained alike",
-    "fusion": "How and where levels are fused, compared with the whole",
+    "without": "Full PANet without one part, compared with full PANet",
+    "ideas": "BPA, AFP and FF together, compared with Mask R-CNN with the same norms",
+    "fusion": "How and where levels are fused, compared with full PANet",
 }
+
+
+class Difference(NamedTuple):
+    """A mean difference and its 95 % confidence interval, which is nan for a single pair."""
+
+    mean: float
+    low: float
+    high: float
 
 
 def load_results(folder: str) -> Results:
     """
     Args:
-        folder (str): where the runs' JSON files are.
+        folder (str): the folder of the runs' JSON files.
 
     Returns:
         dict[str, dict[int, dict]]: the runs, by rung and seed.
 
     Raises:
-        DataError: if they differ in more than rung and seed, and so cannot be compared.
+        DataError: if settings differ that the rungs do not set, or differ between seeds of a rung.
     """
     results: Results = defaultdict(dict)
-    firsts: Dict[str, tuple] = {}  # name and settings of the first file: of all, and of each rung
+    firsts: Dict[str, tuple] = {}  # name and settings of the first file of all and of each rung
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             with open(os.path.join(folder, name)) as f:
@@ -68,22 +83,44 @@ def load_results(folder: str) -> Results:
     return dict(results)
 
 
-def _by_seed(results: Results, rung: str, metric: str) -> Dict[int, float]:
-    return {seed: run["results"][metric] for seed, run in results[rung].items()}
+def paired_difference(ours: pd.Series, theirs: pd.Series) -> Optional[Difference]:
+    """
+    Compare two models by the seeds that both were trained with. The seed sets the order of the
+    data, so differences within pairs vary less than the values.
+
+    Args:
+        ours, theirs (Series): one value for each seed.
+
+    Returns:
+        Difference: ours minus theirs; None without a common seed.
+    """
+    ours, theirs = ours.align(theirs, join="inner")
+    if ours.empty:
+        return None
+    mean = (ours - theirs).mean()
+    if len(ours) == 1:
+        return Difference(mean, nan, nan)
+    return Difference(mean, *ttest_rel(ours, theirs).confidence_interval(0.95))
 
 
-def _mean_and_error(values: List[float]) -> str:
-    error = standard_error(values)
-    return f"{mean(values):.1f}" if error != error else f"{mean(values):.1f} ± {error:.1f}"
+def _by_seed(results: Results, rung: str, metric: str) -> pd.Series:
+    return pd.Series({seed: run["results"][metric] for seed, run in results[rung].items()})
+
+
+def _difference(results: Results, rung: str, other: str) -> Optional[Difference]:
+    """Difference in mask AP; None where the two rungs have no runs to compare."""
+    if rung not in results or other not in results:
+        return None
+    return paired_difference(*(_by_seed(results, name, "segm/AP") for name in (rung, other)))
 
 
 def table(results: Results, models: Dict[str, dict]) -> str:
     """
     Args:
         results (dict): see :func:`load_results`.
-        models (dict[str, dict]): "million_parameters" and "gflops" by rung; and, if they were
-            timed side by side, "seconds_per_step" and "seconds_per_image", which are otherwise the
-            runs' own.
+        models (dict[str, dict]): "million_parameters" and "gflops" of each rung. If the rungs were
+            timed side by side, also "seconds_per_step" and "seconds_per_image", which then replace
+            the times of the runs.
 
     Returns:
         str: Markdown tables, one for each group of rungs that has results.
@@ -92,48 +129,51 @@ def table(results: Results, models: Dict[str, dict]) -> str:
     for group, rungs in GROUPS.items():
         rows = []
         for name, rung in rungs.items():
-            runs = results.get(name)
-            if not runs:
+            if name not in results:
                 continue
-            row = [rung.title, len(runs)]
-            masks = list(_by_seed(results, name, "segm/AP").values())
-            row.append(_mean_and_error(masks))
-            row.append(_difference(results, name, rung.compared_with))
-            if group == "ladder":
-                row.append(_difference(results, name, _BASELINE if name != _BASELINE else ""))
-            for metric in ("segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl"):
-                # COCO says nan where there are no objects of a size.
-                values = [v for v in _by_seed(results, name, metric).values() if v == v]
-                row.append(f"{mean(values):.1f}" if values else "-")
-            row.append(_mean_and_error(list(_by_seed(results, name, "bbox/AP").values())))
             model = models.get(name, {})
-            for key in ("seconds_per_step", "seconds_per_image"):
-                # What other work of the machine slows is a run, not the comparison side by side.
-                seconds = model.get(key) or mean(run[key] for run in runs.values())
-                row.append(f"{1e3 * seconds:.0f}")
-            row.append(f"{model['million_parameters']:.1f}" if model else "-")
-            row.append(f"{model['gflops']:.1f}" if model else "-")
+            runs = pd.DataFrame(list(results[name].values()))
+            row = {"model": rung.title, "seeds": len(runs)}
+            row["mask AP"] = _mean_and_error(_by_seed(results, name, "segm/AP"))
+            compared = _with_interval(_difference(results, name, rung.compared_with))
+            if group == "ladder":
+                row["from the row above [95 %]"] = compared
+                baseline = _BASELINE if name != _BASELINE else ""
+                row[f"from {LADDER[_BASELINE].title} [95 %]"] = _with_interval(
+                    _difference(results, name, baseline)
+                )
+            else:
+                row["difference [95 %]"] = compared
+            for kind in ("50", "75", "s", "m", "l"):
+                # nan where there are no objects of a size. The mean is over the other seeds.
+                row[f"AP{kind}"] = _number(_by_seed(results, name, f"segm/AP{kind}").mean())
+            row["box AP"] = _mean_and_error(_by_seed(results, name, "bbox/AP"))
+            for header, key in (("ms/step", "seconds_per_step"), ("ms/image", "seconds_per_image")):
+                row[header] = f"{1e3 * model.get(key, runs[key].mean()):.0f}"
+            row["M params"] = _number(model.get("million_parameters", nan))
+            row["GFLOPs"] = _number(model.get("gflops", nan))
             rows.append(row)
-        if not rows:
-            continue
-        headers = ["model", "seeds", "mask AP", "difference [95 %]"]
-        if group == "ladder":
-            headers[-1:] = ["from the row above [95 %]", f"from {LADDER[_BASELINE].title} [95 %]"]
-        headers += ["AP50", "AP75"]
-        headers += ["APs", "APm", "APl", "box AP", "ms/step", "ms/image", "M params", "GFLOPs"]
-        lines += [f"### {_GROUP_TITLES[group]}", ""]
-        lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+        if rows:
+            # The cells are text: tabulate would print 67.0 as 67.
+            cells = pd.DataFrame(rows)
+            lines += [f"### {_GROUP_TITLES[group]}", ""]
+            lines += [cells.to_markdown(index=False, tablefmt="github", disable_numparse=True), ""]
     return "\n".join(lines)
 
 
-def _difference(results: Results, name: str, other: str) -> str:
-    if not other or other not in results:
+def _number(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.1f}"
+
+
+def _mean_and_error(values: pd.Series) -> str:
+    error = values.sem()  # nan for one seed
+    return f"{values.mean():.1f}" if isnan(error) else f"{values.mean():.1f} ± {error:.1f}"
+
+
+def _with_interval(d: Optional[Difference]) -> str:
+    if d is None:
         return ""
-    ours, theirs = (_by_seed(results, rung, "segm/AP") for rung in (name, other))
-    if not ours.keys() & theirs.keys():
-        return ""
-    d = paired_difference(ours, theirs)
-    return _signed(d.mean) + (f" [{_signed(d.low)}, {_signed(d.high)}]" if d.pairs > 1 else "")
+    return _signed(d.mean) + ("" if isnan(d.low) else f" [{_signed(d.low)}, {_signed(d.high)}]")
 
 
 def _signed(value: float) -> str:
@@ -143,58 +183,52 @@ def _signed(value: float) -> str:
 
 def plot_curves(results: Results, path: str) -> None:
     """
-    Draw mask AP over training, the mean over seeds, for the rungs of the ladder; and its last half
-    once more by itself, where they lie close together.
+    Plot mask AP over training for the rungs of the ladder, as means over seeds. A second panel
+    shows the last half of training, where the curves lie close together.
 
     Args:
         results (dict): see :func:`load_results`.
         path (str): the PNG to write.
     """
     plt = pyplot()
-    figure, (whole, last) = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, (full, last) = plt.subplots(1, 2, figsize=(11, 4.5))
     for name, rung in GROUPS["ladder"].items():
         if name not in results:
             continue
-        points: Dict[int, List[float]] = defaultdict(list)
-        for run in results[name].values():
-            for step, ap in run["curve"].items():
-                points[int(step)].append(ap)
-        means = [(step, mean(points[step])) for step in sorted(points)]
-        whole.plot(*zip(*means), "-o", ms=3, label=rung.title)
-        half = [(step, ap) for step, ap in means if 2 * step >= means[-1][0]]
-        last.plot(*zip(*half), "-o", ms=3)
-    for axis in (whole, last):
+        curve = pd.DataFrame([run["curve"] for run in results[name].values()]).mean()
+        curve = curve.set_axis(curve.index.astype(int)).sort_index()
+        full.plot(curve, "-o", ms=3, label=rung.title)
+        last.plot(curve[2 * curve.index >= curve.index[-1]], "-o", ms=3)
+    for axis in (full, last):
         axis.set_xlabel("steps")
-    whole.set_ylabel("mask AP, validation")
-    whole.set_ylim(bottom=0)
+    full.set_ylabel("mask AP, validation")
+    full.set_ylim(bottom=0)
     last.set_title("the last half", fontsize=10)
-    if whole.has_data():
-        whole.legend(fontsize=8)
+    if full.has_data():
+        full.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def plot_differences(results: Results, path: str) -> None:
     """
-    Draw each rung's difference from the one that it is compared with, and the whole ladder's, with
-    their intervals.
+    Plot the difference of each rung from the rung that it is compared with, and of full PANet from
+    Mask R-CNN, with their intervals.
 
     Args:
         results (dict): see :func:`load_results`.
         path (str): the PNG to write.
     """
     plt = pyplot()
-    rows = []
     compared = [(name, rung.compared_with) for name, rung in RUNGS.items()]
     compared.insert(len(LADDER), (_FULL, _BASELINE))
-    for name, below in compared:
-        if name in results and below in results:
-            ours, theirs = (_by_seed(results, r, "segm/AP") for r in (name, below))
-            if ours.keys() & theirs.keys():
-                rows.append((f"{name} against {below}", paired_difference(ours, theirs)))
+    rows = []
+    for name, other in compared:
+        d = _difference(results, name, other)
+        if d:
+            rows.append((f"{name} against {other}", d))
     figure, axis = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)))
     for i, (_, d) in enumerate(rows):
-        if d.pairs > 1:
-            axis.plot([d.low, d.high], [i, i], color="C0")
+        axis.plot([d.low, d.high], [i, i], color="C0")  # nothing for nan
         axis.plot([d.mean], [i], "o", color="C0")
     axis.axvline(0, color="0.6", lw=1)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])

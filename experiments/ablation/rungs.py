@@ -34,10 +34,10 @@ class Rung:
         """
         Args:
             title (str): for tables.
-            parts (set[str]): which of :data:`PARTS` it has.
-            fusion (str): of the levels, where it has "afp".
-            fuse_first (bool): fuse before the heads' first layer instead of after it.
-            compared_with (str): name of the rung that it is compared with.
+            parts (set[str]): the keys of :data:`PARTS` that the model has.
+            fusion (str): fusion of the levels, read with "afp" only.
+            fuse_first (bool): fuse before the first layer of the heads instead of after it.
+            compared_with (str): name of the rung that tables and plots compare this one with.
         """
         self.title = title
         self.parts = parts
@@ -58,7 +58,7 @@ def _ladder() -> Dict[str, Rung]:
 
 LADDER: Dict[str, Rung] = _ladder()
 _FULL = list(LADDER)[-1]
-LADDER[_FULL].title += " = the whole PANet"
+LADDER[_FULL].title += " = full PANet"
 
 GROUPS: Dict[str, Dict[str, Rung]] = {
     "ladder": LADDER,
@@ -67,20 +67,19 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
         for part, title in PARTS.items()
     },
     "without": {
-        f"no_{part}": Rung(f"all but {title}", _ALL - {part}, compared_with=_FULL)
+        f"no_{part}": Rung(f"full PANet without {title}", _ALL - {part}, compared_with=_FULL)
         for part, title in PARTS.items()
     },
-    # What the paper adds to the model itself, without what it trains with and the bigger box head;
-    # and beside a Mask R-CNN that has the norm as well.
+    # The paper's changes to the layers, without those to training and without the heavier box head.
     "ideas": {
-        "ideas": Rung("the three ideas", _IDEAS, compared_with="baseline"),
+        "ideas": Rung("BPA, AFP and FF", _IDEAS, compared_with="baseline"),
         "normed_ideas": Rung(
-            "the three ideas, with norms", _IDEAS | {"norm"}, compared_with="only_norm"
+            "BPA, AFP and FF, with norms", _IDEAS | {"norm"}, compared_with="only_norm"
         ),
     },
     "fusion": {
         f"{'before' if before else 'after'}_{fusion}": Rung(
-            f"{fusion} {'before' if before else 'behind'} the first layer",
+            f"{fusion} {'before' if before else 'after'} the first layer",
             _ALL,
             fusion,
             before,
@@ -88,7 +87,7 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
         )
         for before in (False, True)
         for fusion in ("max", "sum", "mean", "product")
-        if before or fusion != "max"  # that is the whole model
+        if before or fusion != "max"  # full PANet has max after the first layer
     },
 }
 
@@ -104,18 +103,17 @@ def overrides(
     """
     Args:
         rung (Rung): the model.
-        norm (str): that "norm" puts into neck and heads: "SyncBN" on several GPUs, as in the
-            paper, "GN" on one.
-        resnet_norm (str): of a pretrained ResNet: "norm" trains it along, which is what the
-            paper does, and without "norm" it is frozen. None for a ResNet from scratch, which
-            has the config's.
-        scales (sequence[int]): shorter sides of the training images, that "mst" draws from: a list
-            as in Detectron2's configs, of multiples of the neck's stride, and one size for each
-            batch. The images are then not padded, as they are not at inference; GroupNorm's
-            statistics are of the padded map.
+        norm (str): the norm that "norm" adds to neck and heads: "SyncBN" on several GPUs, as in
+            the paper, "GN" on one.
+        resnet_norm (str): the norm of a pretrained ResNet. With "norm" it is trained, as in the
+            paper; without "norm" it is frozen. None keeps the config's norm, for a ResNet from
+            scratch.
+        scales (sequence[int]): shorter sides of the training images. "mst" draws one of them for
+            each batch. Multiples of the neck's stride need no padding, which GroupNorm's
+            statistics would include.
 
     Returns:
-        list: KEY VALUE KEY VALUE …, for a config of a Mask R-CNN with a 2fc box head.
+        list: KEY VALUE KEY VALUE …, overrides for the config of a Mask R-CNN with a 2fc box head.
     """
     has = rung.parts.__contains__
     opts: Dict[str, object] = {}
@@ -127,13 +125,13 @@ def overrides(
     opts["MODEL.FPN.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_BOX_HEAD.NORM"] = norm if has("norm") else ""
     opts["MODEL.ROI_MASK_HEAD.NORM"] = norm if has("norm") else ""
-    # The release has a norm behind both layers of its 2fc head, but none behind the one fc layer
-    # that follows four convs.
+    # The release has a norm after both layers of its 2fc head, but none after the fc layer that
+    # follows four convs.
     if has("norm") and not has("hhd"):
         opts["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCNormHead"
     if has("bpa"):
         opts["MODEL.BACKBONE.NAME"] = "build_resnet_pafpn_backbone"
-    # The first layer of each head is the adaptation layer, where fusion stands behind it.
+    # With fusion after the first layer of a head, the adaptation layer replaces that layer.
     moved = 1 if has("afp") and not rung.fuse_first else 0
     convs, fcs = (4, 1) if has("hhd") else (0, 2)
     opts["MODEL.ROI_BOX_HEAD.NUM_CONV"] = convs - moved if convs else 0

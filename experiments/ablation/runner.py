@@ -1,4 +1,4 @@
-"""Runs of the ablation: each an ordinary training run, and one JSON file when it is done."""
+"""Runs of the ablation. Each is an ordinary training run and leaves one JSON file."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ __all__ = [
 _AP = [f"{task}/AP{kind}" for task in ("bbox", "segm") for kind in ("", "50", "75", "s", "m", "l")]
 
 
-# The training runs that this process has started and that have not ended.
+# The training runs that this process has started and that have not ended yet.
 _trainings: Set[subprocess.Popen] = set()
 
 
 class RunFailed(PanetError, RuntimeError):
-    """A training run ended with an error; the message says where its log is."""
+    """A training run ended with an error. The message names its log."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
 
     Args:
         rung (str): name of the rung.
-        seed (int): seed of the weights, the order of the data and its augmentation.
+        seed (int): seed of the weights, of the order of the data and of its augmentation.
         config_file (str): config of the baseline.
         opts (tuple): the rung's overrides.
     """
@@ -70,8 +70,8 @@ class Run:
     @property
     def settings(self) -> Dict[str, str]:
         """
-        Config and overrides as text, for the JSON file. Of the ResNet that it starts from only the
-        file's name: the folder is another on each machine.
+        Config and overrides as text, for the JSON file. ``MODEL.WEIGHTS`` is a file name without
+        its folder, which differs between machines.
         """
         opts = {str(key): str(value) for key, value in zip(self.opts[::2], self.opts[1::2])}
         if "MODEL.WEIGHTS" in opts:
@@ -85,28 +85,29 @@ def result_file(results: str, run: Run) -> str:
 
 
 def differing_key(settings: Dict[str, str], others: Dict[str, str]) -> Optional[str]:
-    """First key that two runs' settings differ in, or that only one has; None if there is none."""
+    """First key in which two runs' settings differ or that only one has; None if they agree."""
     return next((k for k in {**settings, **others} if settings.get(k) != others.get(k)), None)
 
 
 def _check_settings(run: Run, path: str) -> None:
-    """Raise RunFailed where the JSON file of a run says that it was another one."""
+    """Raise RunFailed if the JSON file ``path`` is of a run with other settings."""
     with open(path) as f:
         found = json.load(f).get("settings", {})
     key = differing_key(run.settings, found)
     if key:
         raise RunFailed(
             f"{path} is of a run with other settings ({key} {found.get(key)}, now "
-            f"{run.settings.get(key)}): delete it, or let this one write elsewhere."
+            f"{run.settings.get(key)}): delete it or set another folder."
         )
 
 
 def _claim(run: Run, output: str) -> IO:
     """
-    Make a run that of whoever has the returned file open, and of those that inherit it: two
-    processes would write one folder.
+    Lock a run for this process and for those that inherit the returned file, because two processes
+    must not write one folder.
     """
     lock = open(os.path.join(output, "run.lock"), "a")
+    # Not filelock: on Python 3.9 it has no public access to the file, which training must inherit.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -116,13 +117,13 @@ def _claim(run: Run, output: str) -> IO:
 
 
 def _train(command: Sequence[str], log: str, environment: Dict[str, str], lock: IO) -> int:
-    """Run the command to its end and return its exit status; it inherits the file ``lock``."""
-    with (
-        open(log, "a") as f,
-        subprocess.Popen(
+    """Run the command and return its exit status."""
+    with open(log, "a") as f:
+        # Training inherits the lock, which holds until training ends even if this process dies.
+        training = subprocess.Popen(
             command, stdout=f, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
-        ) as training,
-    ):
+        )
+    with training:
         _trainings.add(training)
         try:
             return training.wait()
@@ -137,14 +138,14 @@ def execute(
     run: Run, work: str, results: str, train_net: str, threads: Optional[int] = None
 ) -> None:
     """
-    Train and evaluate, from where it was cut off if it was, and write the JSON file.
+    Train and evaluate a model and write the JSON file. A run that was cut off is resumed.
 
     Args:
-        run (Run): what to do.
+        run (Run): the run.
         work (str): folder for the output folders of training runs.
         results (str): folder for JSON files.
         train_net (str): path of ``train_net.py``.
-        threads (int): of the CPU, that the run may use; None for torch's own choice.
+        threads (int): number of CPU threads; None for torch's default.
 
     Raises:
         RunFailed: if training ends with an error, was begun with other settings, or is under way in
@@ -182,11 +183,11 @@ def result_of(run: Run, output: str) -> Dict:
         output (str): its output folder.
 
     Returns:
-        dict: what the report needs of it.
+        dict: the content of its JSON file.
     """
     history = read_history(os.path.join(output, "metrics.json"))
     for line in history:
-        # Of a model that finds nothing at all Detectron2 says nan for boxes, and nothing of masks.
+        # If a model detects nothing, Detectron2 reports nan for boxes and no key for masks.
         if isnan(line.get("bbox/AP", 0.0)):
             line.update({key: 0.0 for key in _AP})
     evaluated, trained = evaluations(history), losses(history)
@@ -210,17 +211,17 @@ def result_of(run: Run, output: str) -> Dict:
 def pretrained_resnet(run: Run, work: str, results: str, train_net: str) -> str:
     """
     Train a model for its ResNet, unless that was done before. The paper's models start from a
-    ResNet trained on ImageNet; there is none as small as those of the ablation.
+    ResNet trained on ImageNet. No such ResNet is as small as those of the ablation.
 
     Args:
         run, work, results, train_net: see :func:`execute`.
 
     Returns:
-        str: path of a checkpoint with nothing but the ResNet.
+        str: path of a checkpoint with only the ResNet.
 
     Raises:
         RunFailed: if training ends with an error.
-        CheckpointError: if what it left cannot be read.
+        CheckpointError: if its checkpoint cannot be read.
     """
     path = os.path.join(work, f"{run.name}_resnet.pth")
     if not os.path.isfile(path):
@@ -245,12 +246,12 @@ def run_all(
 
     Args:
         runs, work, results, train_net: see :func:`execute`.
-        jobs (int): how many at a time. They share the cores: two runs with all threads each slow
-            each other down tenfold.
-        execute (callable): does one run.
+        jobs (int): number of runs at a time. They share the cores, because two runs with all
+            threads each slow each other down tenfold.
+        execute (callable): executes one run.
 
     Returns:
-        list[str]: what went wrong, a line for each run that failed.
+        list[str]: one message for each run that failed.
 
     Raises:
         RunFailed: before anything is trained, if a JSON file is of a run with other settings.
@@ -267,11 +268,11 @@ def run_all(
     threads = max(1, cpu_count() // jobs) if jobs > 1 else None
 
     def missing(run: Run) -> None:
-        # Another process may have done it since.
+        # Another process may have written it since.
         if not os.path.isfile(result_file(results, run)):
             execute(run, work, results, train_net, threads)
 
-    # Started with those that are done, so that the time left is that of what is left.
+    # Runs that are done count from the start, so that the time left is that of the others.
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     with bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(missing, run) for run in todo]
@@ -283,7 +284,7 @@ def run_all(
                     failures.append(str(e))
                 bar.update()
         except BaseException:  # such as Ctrl-C
-            # Leaving the pool would train all the others first.
+            # Leaving the pool would train all other runs first.
             pool.shutdown(wait=False, cancel_futures=True)
             for training in list(_trainings):
                 training.terminate()

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """
-How fast PANet is beside Mask R-CNN: stock Mask R-CNN, PANet as a plain loop over levels, and this
-PANet, in one process and in turn. Writes a JSON file, tables in Markdown and a plot.
+Time PANet and Mask R-CNN: stock Mask R-CNN, PANet as a plain loop over levels, and this package's
+PANet, in turn in one process. Write a JSON file, tables in Markdown and a plot.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LADDER = sorted(glob.glob(os.path.join(COCO, "ablations", "[0-9]_*.yaml")))
 
 
 def benchmark_models(cfg: CfgNode, head: str, args: argparse.Namespace) -> Dict:
-    """Latency, throughput, training step, memory, and where the time of inference goes."""
+    """Time and memory of inference and of a training step, and time of inference by part."""
     height, width = args.size
     device, amp = cfg.MODEL.DEVICE, args.amp
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -49,7 +48,9 @@ def benchmark_models(cfg: CfgNode, head: str, args: argparse.Namespace) -> Dict:
     result: Dict = {"seconds": {}, "bytes": {}, "parts": {}}
     tasks = {
         "inference, batch 1": lambda m: inference(m, single, amp),
-        f"inference, batch {args.batch}": lambda m: inference(m, batch, amp),  # may be the same
+        f"inference, batch {args.batch}": lambda m: inference(
+            m, batch, amp
+        ),  # the same if batch is 1
         f"training step, batch {args.batch}": lambda m: training_step(m, batch, amp),
     }
     for what, task in tasks.items():
@@ -74,7 +75,7 @@ def benchmark_models(cfg: CfgNode, head: str, args: argparse.Namespace) -> Dict:
 
 
 def benchmark_ladder(config_files: Sequence[str], size: Tuple[int, int]) -> List[Dict]:
-    """GFLOPs of one image and parameters of every rung of the paper's ladder."""
+    """GFLOPs, for one image, and parameters of each rung of the paper's ladder."""
     rows = []
     for config_file in config_files:
         cfg = setup_config(config_file, ["MODEL.DEVICE", "cpu"], needed=())
@@ -85,22 +86,32 @@ def benchmark_ladder(config_files: Sequence[str], size: Tuple[int, int]) -> List
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
     parser.add_argument(
         "--config-file",
         default=os.path.join(COCO, "panet_R_50_FPN_1x.yaml"),
-        help="a PANet without norms in its heads",
+        help="config of a PANet without norms in its heads",
     )
     parser.add_argument("--output", required=True, help="folder for the results")
-    parser.add_argument("--name", help="of the result files; cpu or cuda by default")
+    parser.add_argument("--name", help="name of the result files; cpu or cuda by default")
     parser.add_argument("--heads", nargs="*", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1088), metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, help="8 on a GPU, 2 on a CPU")
-    parser.add_argument("--repeats", type=int, help="30 on a GPU, 7 on a CPU")
-    parser.add_argument("--warmup", type=int, help="10 on a GPU, 1 on a CPU")
-    parser.add_argument("--boxes", nargs="*", type=int, default=[100, 300, 1000, 2000])
-    parser.add_argument("--no-ladder", action="store_true", help="leave the FLOPs out")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="default on a GPU")
+    parser.add_argument("--batch", type=int, help="batch size; 8 on a GPU, 2 on a CPU")
+    parser.add_argument("--repeats", type=int, help="timed rounds; 30 on a GPU, 7 on a CPU")
+    parser.add_argument("--warmup", type=int, help="rounds before; 10 on a GPU, 1 on a CPU")
+    parser.add_argument(
+        "--boxes",
+        nargs="*",
+        type=int,
+        default=[100, 300, 1000, 2000],
+        help="numbers of boxes for RoIAlign",
+    )
+    parser.add_argument(
+        "--no-ladder", action="store_true", help="do not count the FLOPs of the ladder"
+    )
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="fp16 autocast; the default on a GPU"
+    )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
     args = parser.parse_args(argv)
     cfg = setup_config(args.config_file, args.opts, needed=())

@@ -1,4 +1,4 @@
-"""What the benchmark compares: Mask R-CNN, PANet, and PANet as one would write it at first."""
+"""Models of the benchmark: Mask R-CNN, PANet, and PANet as a plain loop over levels."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
     "build_models",
     "count_flops",
     "images",
+    "imitate_trained",
     "model_size",
     "part_times",
     "set_score_threshold",
-    "imitate_trained",
 ]
 
-# Overrides that make a Mask R-CNN of the same heads out of a PANet's config, by the kind of box
-# head; and those that give the PANet that head.
+# For each kind of box head: overrides that make the config of a PANet that of a Mask R-CNN with the
+# same heads, and overrides that give the PANet that box head.
 _MASK_RCNN = (
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
     *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
@@ -58,22 +58,22 @@ HEADS: Dict[str, Tuple[tuple, tuple]] = {
     ),
 }
 
-# With random weights, non-maximum suppression would leave any number of proposals and detections,
-# and another one for each model. At this threshold it leaves as many as the config allows, which is
-# what a trained model has; and as many from each level, so that they are of all sizes.
+# With random weights, the number of proposals and detections after non-maximum suppression is
+# arbitrary and differs between models. These thresholds keep as many as the config allows, as a
+# trained model has. The limit for each level keeps proposals of all sizes.
 FIXED_COUNTS = (
     *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0),
     *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
 )
 
-# Candidates of a trained model that reach its non-maximum suppression, boxes times classes.
+# Pairs of box and class that reach the non-maximum suppression of a trained model.
 _CANDIDATES = 300
 
 
 class NaivePooler(nn.Module):
     """
-    Adaptive feature pooling as a loop: for each level torchvision's RoIAlign, a layer, a ReLU;
-    then a stack of all, and the fusion of that. The weights are another pooler's.
+    Adaptive feature pooling as a plain loop: torchvision's RoIAlign, a layer and a ReLU for each
+    level, then the fusion of the stacked levels. The weights are those of another pooler.
     """
 
     def __init__(self, pooler: AdaptiveROIPooler):
@@ -86,7 +86,9 @@ class NaivePooler(nn.Module):
         """
         super().__init__()
         if pooler.fusion != "max" or pooler.adaptation == "none":
-            raise ValueError(f"fusion {pooler.fusion!r} after {pooler.adaptation!r} is not here.")
+            raise ValueError(
+                f"fusion {pooler.fusion!r} after {pooler.adaptation!r} is not supported."
+            )
         self.adaptation = pooler.adaptation
         self.level_poolers = pooler.level_poolers
         weights = pooler.adaptation_layers.weight.detach().chunk(len(pooler.scales))
@@ -121,8 +123,8 @@ def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
         head (str): a key of :data:`HEADS`.
 
     Returns:
-        dict[str, nn.Module]: "Mask R-CNN", "naive PANet" and "PANet", with random weights; both
-        PANets have the same.
+        dict[str, nn.Module]: "Mask R-CNN", "naive PANet" and "PANet", with random weights. Both
+        PANets have the same weights.
     """
     baseline, panet = HEADS[head]
     models = {}
@@ -145,9 +147,9 @@ def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
 def images(count: int, height: int, width: int, objects: int = 10, classes: int = 1) -> List[dict]:
     """
     Args:
-        count, height, width, objects (int): how many random images of which size, with how many
-            random rectangles each.
-        classes (int): of the rectangles.
+        count, height, width (int): number and size of the random images.
+        objects (int): number of random rectangles in each image.
+        classes (int): number of their classes.
 
     Returns:
         list[dict]: inputs for training or inference.
@@ -172,18 +174,18 @@ def images(count: int, height: int, width: int, objects: int = 10, classes: int 
 @torch.no_grad()
 def imitate_trained(model: nn.Module) -> nn.Module:
     """
-    Make a model with random weights behave as a trained one where its cost depends on it.
+    Give a model with random weights the cost of a trained one. Its residual branches become zero,
+    because the features would grow without bounds otherwise. Its box deltas become zero, so
+    proposals are anchors and detections are proposals.
 
     Args:
-        model (nn.Module): changed in place. Its residual blocks pass on what they get, without
-            which the features would grow beyond bounds; and boxes are not moved, so that proposals
-            are anchors and detections are proposals.
+        model (nn.Module): changed in place.
 
     Returns:
-        nn.Module: the same.
+        nn.Module: the same model.
     """
     for block in model.backbone.bottom_up.modules():
-        if hasattr(block, "shortcut"):  # a residual block, whatever its kind
+        if hasattr(block, "shortcut"):  # a residual block of any kind
             last = block.conv3 if hasattr(block, "conv3") else block.conv2
             last.norm.weight.zero_()
     model.proposal_generator.rpn_head.anchor_deltas.weight.zero_()
@@ -194,8 +196,8 @@ def imitate_trained(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def set_score_threshold(model: nn.Module, inputs: List[dict]) -> None:
     """
-    Set a model's score threshold so that as many boxes pass it as with a trained model. With
-    random weights no score is near the usual threshold, and there would be no masks to predict.
+    Set a model's score threshold so that as many boxes pass as with a trained model. With random
+    weights no score reaches the usual threshold, and there would be no masks to predict.
     """
     seen = []
     hook = model.roi_heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -214,10 +216,10 @@ def count_flops(model: nn.Module, inputs: List[dict]) -> float:
         inputs (list[dict]): one image.
 
     Returns:
-        float: multiplications with an addition, of convs and matrix products, as fvcore counts.
+        float: multiply-adds of convs and matrix products, as fvcore counts them.
     """
     analysis = FlopCountAnalysis(model, [{"image": inputs[0]["image"]}])
-    # fvcore knows the product, but not the one with a bias.
+    # fvcore counts bmm but not baddbmm, the product with a bias.
     analysis.set_op_handle("aten::baddbmm", lambda ins, outs: bmm_flop_jit(ins[1:3], outs))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total()
@@ -226,12 +228,12 @@ def count_flops(model: nn.Module, inputs: List[dict]) -> float:
 def model_size(cfg: CfgNode, height: int, width: int) -> Dict[str, float]:
     """
     Args:
-        cfg (CfgNode): of a model of Mask R-CNN's kind.
-        height, width (int): of an image.
+        cfg (CfgNode): config of a Mask R-CNN or a PANet.
+        height, width (int): size of an image.
 
     Returns:
-        dict[str, float]: "million_parameters", and the "gflops" of inference, see
-        :func:`count_flops`, with as many proposals and detections as a trained model has.
+        dict[str, float]: "million_parameters", and "gflops" of inference with the numbers of
+        proposals and detections of a trained model.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -252,13 +254,13 @@ def part_times(model: nn.Module, device: str) -> Iterator[PartTimes]:
         device (str): where it runs.
 
     Yields:
-        PartTimes: counts the calls of the model within the context, by part.
+        PartTimes: times of the model's calls within the context, by part.
     """
     times = PartTimes(device)
     heads = model.roi_heads
     undo = [
         times.wrap(model, "forward", "other"),
-        times.wrap(type(model), "_postprocess", "post-processing"),  # which calls it by the class
+        times.wrap(type(model), "_postprocess", "post-processing"),  # called on the class
         times.wrap(model.backbone, "forward", "neck"),
         times.wrap(model.backbone.bottom_up, "forward", "backbone"),
         times.wrap(model.proposal_generator, "forward", "RPN"),

@@ -1,4 +1,4 @@
-"""The multi-level RoIAlign by itself, against torchvision's level by level."""
+"""Benchmark of the multi-level RoIAlign and of torchvision's RoIAlign, called for each level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IMAGE = (800, 1344)  # 1333 as Detectron2 pads it
 
 
 def _torchvision(features, boxes, *args) -> torch.Tensor:
-    """Four calls, a stack and a maximum, as one would write it."""
+    """One call for each level, a stack and the fusion."""
     *args, fuse = args
     pooled = multilevel_roi_align_reference(features, boxes, *args)
     if fuse is None:
@@ -38,7 +38,7 @@ def _inputs(num_boxes: int, dtype: torch.dtype, device: str):
         features.append(feature.to(memory_format=torch.channels_last))
     height, width = _IMAGE
     corner = torch.rand(num_boxes, 2, generator=generator) * torch.tensor([width, height]) * 0.8
-    # As many small ones as large ones, from 16 to 512 pixels.
+    # Sides from 16 to 512 pixels, uniform in their logarithm.
     size = 16 * 2 ** (5 * torch.rand(num_boxes, 2, generator=generator))
     boxes = torch.cat([torch.zeros(num_boxes, 1), corner, corner + size], dim=1)
     return features, boxes.to(device)
@@ -53,19 +53,21 @@ def benchmark_op(
     report: Callable[[str], object] = print,
 ) -> List[Dict]:
     """
-    Time the op of the package and torchvision's, forward and backward, in turn.
+    Time this package's RoIAlign and torchvision's, forward and backward, in turn.
 
-    torchvision reads contiguous maps and ours channels-last ones, each what suits it.
+    torchvision gets contiguous feature maps, this package channels-last ones: what is fastest for
+    each.
 
     Args:
         boxes (list[int]): numbers of boxes.
         fusions (list[str or None]): fusions.
-        dtype, device: of the features; 256 channels on four levels of an 800 x 1344 image.
-        repeats (int): rounds whose median counts.
-        report (callable): told about each result.
+        dtype, device: of the features, which have 256 channels on four levels of an 800 x 1344
+            image.
+        repeats (int): number of rounds. The result is their median.
+        report (callable): called with a line of text for each result.
 
     Returns:
-        list[dict]: for each number of boxes and fusion, milliseconds and bytes of both.
+        list[dict]: milliseconds and bytes of both, for each number of boxes and fusion.
     """
     rows = []
     for num_boxes in boxes:
@@ -97,7 +99,7 @@ def benchmark_op(
 
 
 def _passes(op: Callable, features: List[torch.Tensor], args: tuple) -> Tuple[Callable, Callable]:
-    """The forward without gradients, and the backward alone."""
+    """Functions that run the forward without gradients, and the backward alone."""
     leaves = [f.detach().requires_grad_() for f in features]
     out = op(leaves, *args)
     upstream = torch.ones_like(out)

@@ -1,4 +1,4 @@
-"""The benchmark's results for people: tables in Markdown, and a plot."""
+"""The tables and the plot of the benchmark's results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 from typing import Dict, List
 
+import pandas as pd
 import torch
 import torchvision
 from tabulate import tabulate
@@ -19,7 +20,7 @@ MODELS = ("Mask R-CNN", "naive PANet", "PANet")
 
 
 def describe_machine(device: str) -> Dict[str, object]:
-    """What the figures depend on: device, cores, versions."""
+    """Device, number of threads and versions, on which the results depend."""
     machine: Dict[str, object] = {
         "device": "CPU",
         "cpu": _cpu_name(),
@@ -44,17 +45,13 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _ratio(value: float, baseline: float) -> str:
-    return f"{value / baseline:.2f}"
-
-
 def markdown(results: Dict) -> str:
     """
     Args:
-        results (dict): what ``python -m experiments.benchmark`` has measured.
+        results (dict): the content of the benchmark's JSON file.
 
     Returns:
-        str: its tables.
+        str: the tables in Markdown.
     """
     machine = results["machine"]
     lines = [
@@ -70,34 +67,29 @@ def markdown(results: Dict) -> str:
     if results.get("op"):
         lines += ["## Multi-level RoIAlign", "", _op_table(results["op"]), ""]
     if results.get("ladder"):
-        rows = [(r["rung"], r["gflops"], r["million_parameters"]) for r in results["ladder"]]
-        headers = ["config", "GFLOPs", "million parameters"]
-        table = tabulate(rows, headers, tablefmt="github", floatfmt=".1f")
+        ladder = pd.DataFrame(results["ladder"])[["rung", "gflops", "million_parameters"]]
+        ladder.columns = ["config", "GFLOPs", "million parameters"]
+        table = ladder.to_markdown(index=False, tablefmt="github", floatfmt=".1f")
         lines += ["## The ladder", "", table, ""]
     return "\n".join(lines)
 
 
 def _model_table(measured: Dict) -> str:
     rows = []
-    for what in measured["seconds"]:
-        seconds = measured["seconds"][what]
-        baseline = seconds[MODELS[0]]
-        cells = [f"{1e3 * seconds[m]:.1f} ms" for m in MODELS]
-        rows.append([what, *cells, *(_ratio(seconds[m], baseline) for m in MODELS[1:])])
-    for what, used in measured["bytes"].items():
-        if used[MODELS[0]] is None:
-            continue
-        cells = [f"{used[m] / 2**20:.0f} MiB" for m in MODELS]
-        rows.append([what, *cells, *(_ratio(used[m], used[MODELS[0]]) for m in MODELS[1:])])
+    for kind, scale, cell in (("seconds", 1e3, "{:.1f} ms"), ("bytes", 2**-20, "{:.0f} MiB")):
+        for what, values in measured[kind].items():
+            stock = values[MODELS[0]]
+            if stock is None:  # memory is measured on a GPU only
+                continue
+            cells = [cell.format(scale * values[m]) for m in MODELS]
+            rows.append([what, *cells, *(f"{values[m] / stock:.2f}" for m in MODELS[1:])])
     headers = ["", *MODELS, "naive / stock", "PANet / stock"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _part_table(measured: Dict) -> str:
-    parts = measured["parts"]
-    rows = [[part, *(1e3 * parts[m].get(part, 0.0) for m in MODELS)] for part in PARTS]
-    headers = ["inference by part, ms", *MODELS]
-    return tabulate(rows, headers, tablefmt="github", floatfmt=".1f")
+    ms = 1e3 * pd.DataFrame(measured["parts"], index=PARTS, columns=MODELS).fillna(0)
+    return ms.rename_axis("inference by part, ms").to_markdown(tablefmt="github", floatfmt=".1f")
 
 
 def _op_table(rows: List[Dict]) -> str:
@@ -121,10 +113,10 @@ def _op_table(rows: List[Dict]) -> str:
 
 def plot(results: Dict, path: str) -> None:
     """
-    Draw the time of inference by part, and of the op by the number of boxes.
+    Plot the time of inference by part, and of RoIAlign by the number of boxes.
 
     Args:
-        results (dict): what ``python -m experiments.benchmark`` has measured.
+        results (dict): the content of the benchmark's JSON file.
         path (str): the PNG to write.
     """
     plt = pyplot()

@@ -1,4 +1,4 @@
-"""What is timed: one inference, and one training step."""
+"""The tasks that are timed: one inference and one training step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["inference", "training_step"]
 def inference(model: nn.Module, inputs: List[dict], amp: bool = False) -> Callable[[], List[dict]]:
     """
     Args:
-        model (nn.Module): put into evaluation mode by each run.
+        model (nn.Module): set to evaluation mode by each run.
         inputs (list[dict]): a batch, see :func:`experiments.benchmark.models.images`.
-        amp (bool): under autocast to fp16.
+        amp (bool): use autocast to fp16.
 
     Returns:
         callable: runs the model on the batch.
@@ -34,11 +34,11 @@ def inference(model: nn.Module, inputs: List[dict], amp: bool = False) -> Callab
 def training_step(model: nn.Module, inputs: List[dict], amp: bool = False) -> Callable[[], None]:
     """
     Args:
-        model, inputs, amp: see :func:`inference`; the model is put into training mode.
+        model, inputs, amp: see :func:`inference`. Each run sets the model to training mode.
 
     Returns:
-        callable: runs the model, its gradients, and a step of SGD of length zero: any other would
-        change what a model with random weights detects, and with it the cost of the next run.
+        callable: runs forward, backward and a step of SGD with learning rate zero. Another rate
+        would change the detections of a model with random weights, and so the cost of the next run.
     """
     device = next(model.parameters()).device.type
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)

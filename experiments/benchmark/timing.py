@@ -1,4 +1,4 @@
-"""Timing that several candidates share fairly, and where the time of a model goes."""
+"""Timing of several candidates in turn, and of the parts of a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def interleaved(
     candidates: Dict[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
 ) -> Dict[str, List[float]]:
     """
-    Run candidates in turn, so that whatever slows the machine for a while slows them all.
+    Time candidates in turn, so that a slow moment of the machine slows all of them.
 
     Args:
-        candidates (dict[str, callable]): what to time.
-        device (str): where they run; a GPU is waited for.
-        repeats (int): rounds that count.
-        warmup (int): rounds before that do not.
+        candidates (dict[str, callable]): the candidates.
+        device (str): where they run. A GPU is synchronized before and after each run.
+        repeats (int): number of timed rounds.
+        warmup (int): number of rounds before.
 
     Returns:
         dict[str, list[float]]: seconds of each round.
@@ -47,12 +47,11 @@ def interleaved(
 def peak_memory(run: Callable[[], object], device: str) -> Optional[int]:
     """
     Args:
-        run (callable): what to measure; run once.
+        run (callable): called once.
         device (str): where it runs.
 
     Returns:
-        int or None: bytes of GPU memory at the peak, beyond what was in use before. None on the
-        CPU, whose allocator does not say.
+        int or None: peak of the GPU memory in bytes, above what was in use before. None on a CPU.
     """
     if not device.startswith("cuda"):
         return None
@@ -67,15 +66,15 @@ def peak_memory(run: Callable[[], object], device: str) -> Optional[int]:
 
 class PartTimes:
     """
-    Seconds by part of a program, where parts may lie within each other: the time of an inner part
-    is not the outer one's.
+    Seconds by part of a program. Parts may be nested: the time of an inner part does not count for
+    the outer part.
     """
 
     def __init__(self, device: str):
         """
         Args:
-            device (str): a GPU is waited for at the border of each part, which makes the whole
-                slower than it is by itself.
+            device (str): where it runs. A GPU is synchronized at the start and the end of each
+                part, which makes the program slower.
         """
         self.device = device
         self.seconds: Dict[str, float] = defaultdict(float)
@@ -83,7 +82,7 @@ class PartTimes:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside to the part ``name``."""
+        """Add the time inside the context to the part ``name``."""
         now = self._now()
         if self._open:
             outer, start = self._open[-1]
@@ -100,12 +99,12 @@ class PartTimes:
 
     def wrap(self, owner: object, attribute: str, name: str) -> Callable[[], None]:
         """
-        Count every call of ``owner.attribute`` to the part ``name``.
+        Add the time of every call of ``owner.attribute`` to the part ``name``.
 
         Returns:
-            callable: undoes it.
+            callable: restores the attribute.
         """
-        own = vars(owner).get(attribute)  # as it is there: a staticmethod, say
+        own = vars(owner).get(attribute)  # unlike getattr, keeps a staticmethod as it is
         original = getattr(owner, attribute)
 
         def counted(*args, **kwargs):

@@ -20,7 +20,7 @@ def test_curve(tmp_path):
 def test_table():
     results = {"donor": {"training": 40.0, "validation": 35.0}}
     for i, run in enumerate(tool.RUNS):
-        curve = {30: 10.0 + i, "60": 20.0 + i}  # keys as from JSON, too
+        curve = {30: 10.0 + i, "60": 20.0 + i}  # JSON has text keys
         results[run] = {"training": i, "validation": i + 0.25, "curve": curve}
     lines = tool.table(results).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -30,7 +30,7 @@ def test_table():
 
 
 def test_end_to_end(tmp_path, capsys):
-    """On a data set of squares; a second call finds everything done."""
+    """On a dataset of squares. A second call trains nothing."""
     json_file, root = write_coco(tmp_path / "squares")
     data = (
         *("DATASETS.REGISTER_COCO", [["compared_squares", json_file, root]]),

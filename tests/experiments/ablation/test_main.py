@@ -33,7 +33,7 @@ def test_report_fills_its_place_in_the_document(tmp_path):
     assert (results / "curves.png").is_file()
     document.write_text("no place")
     assert cli.run(tool.main, command) == 1
-    # Results elsewhere are none of the package's document.
+    # With --results the committed document stays as it is.
     before = DOCUMENT.read_text()
     assert cli.run(tool.main, command[:3]) == 0 and DOCUMENT.read_text() == before
 
@@ -51,7 +51,7 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
     assert cli.run(tool.main, [*command, "--opts", "TEST.DETECTIONS_PER_IMAGE", "50"]) == 1
     names = ["baseline_seed3", "+ff_seed3", "baseline_seed5", "+ff_seed5"]
     assert [run.name for run in seen["runs"]] == names and seen["jobs"] == 2
-    for run in seen["runs"]:  # nothing but the rung's own overrides differs
+    for run in seen["runs"]:  # only the rung's own overrides differ
         assert run.opts[-10:] == (
             *("SOLVER.MAX_ITER", "80", "SOLVER.STEPS", "[60, 74]"),
             *("TEST.DETECTIONS_PER_IMAGE", "50", "TEST.EVAL_PERIOD", "13"),
@@ -81,7 +81,7 @@ def test_all_start_from_one_resnet(data, norm, tmp_path, monkeypatch):
     assert donor.opts[-6:] == ("INPUT.MAX_SIZE_TEST", "300", *steps)
     place = donor.opts.index("MODEL.RESNETS.NORM")
     assert donor.opts[place + 1] == "BN"
-    assert "MODEL.BACKBONE.FREEZE_AT" not in donor.opts  # it has nothing to keep
+    assert "MODEL.BACKBONE.FREEZE_AT" not in donor.opts  # it starts from random weights
     for run in seen["runs"]:
         cfg = setup_config(run.config_file, run.opts, needed=())
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
@@ -157,17 +157,17 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     rows = [line.split("|") for line in document.read_text().splitlines() if "| 30.0" in line]
     baseline, mst = ([cell.strip() for cell in row] for row in rows)
     assert {f"{1e3 * seconds:.0f}" for seconds in timed} <= set(baseline)
-    assert {"500", "250"} <= set(mst)  # its own run's
+    assert {"500", "250"} <= set(mst)  # times of its own run
     (results / "models.json").write_text(json.dumps({"baseline": sizes}))
     command = ["--time", "1", "--results", str(results), "--document", str(document)]
-    assert cli.run(tool.main, command) == 0 and len(built) == 3  # all that have runs
+    assert cli.run(tool.main, command) == 0 and len(built) == 3  # all rungs that have runs
     models = json.loads((results / "models.json").read_text())
     assert "seconds_per_step" in models["+mst"] and models["baseline"].items() > sizes.items()
-    assert models["+mst"]["gflops"] > 5  # that were missing
+    assert models["+mst"]["gflops"] > 5  # was missing
 
 
 def test_models_are_timed_with_equal_counts(monkeypatch):
-    """A model is not faster because with random weights it finds less."""
+    """No model is faster because it detects less with random weights."""
     counts = []
 
     def count(roi_heads, ins, outs):

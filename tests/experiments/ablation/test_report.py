@@ -1,10 +1,17 @@
 import json
-from math import nan
+from math import isnan, nan, sqrt
 
+import pandas as pd
 import pytest
 
 from experiments.ablation import report
-from experiments.ablation.report import load_results, plot_curves, plot_differences, table
+from experiments.ablation.report import (
+    load_results,
+    paired_difference,
+    plot_curves,
+    plot_differences,
+    table,
+)
 from experiments.ablation.rungs import RUNGS, overrides
 from experiments.ablation.runner import Run
 from panet_d2.errors import DataError
@@ -33,6 +40,21 @@ def results(tmp_path):
     return load_results(str(tmp_path))
 
 
+def test_paired_difference():
+    # Differences 1, 2, 3: mean 2, deviation 1, error 1 / sqrt(3). Student's t for 2 degrees of
+    # freedom is 4.3027 at 97.5 %.
+    ours, theirs = pd.Series({1: 11.0, 2: 12.0, 3: 33.0}), pd.Series({3: 30.0, 2: 10.0, 1: 10.0})
+    d = paired_difference(ours, theirs)
+    reach = pytest.approx(4.3027 / sqrt(3), abs=1e-4)
+    assert d.mean == 2.0 and d.high - d.mean == reach and d.mean - d.low == reach
+
+
+def test_only_common_seeds_count():
+    d = paired_difference(pd.Series({1: 5.0, 2: 100.0}), pd.Series({1: 4.0, 3: 0.0}))
+    assert d.mean == 1.0 and isnan(d.low) and isnan(d.high)
+    assert paired_difference(pd.Series({1: 5.0}), pd.Series({2: 4.0})) is None
+
+
 def test_table(results):
     models = {"baseline": {"million_parameters": 12.34, "gflops": 5.67}}
     rows = [
@@ -54,7 +76,7 @@ def test_table(results):
 
 
 def test_no_difference_has_no_sign_of_its_own(tmp_path):
-    """Neither -0.0 nor +0.0 for what rounds to nothing."""
+    """0.0, not -0.0 or +0.0, for a difference that rounds to zero."""
     for seed, difference in enumerate((-0.04, -0.02)):
         write_run(tmp_path, "baseline", seed, 30.0)
         write_run(tmp_path, "+mst", seed, 30.0 + difference)
@@ -68,27 +90,27 @@ def test_plots(results, tmp_path):
     assert all((tmp_path / f"{n}.png").stat().st_size > 5000 for n in ("curves", "differences"))
 
 
-def test_curves_are_means_and_their_last_half_once_more(monkeypatch):
+def test_curves_are_means_and_a_second_panel_has_the_last_half(monkeypatch):
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     curves = {1: {"100": 8.0, "200": 20.0, "300": 30.0}, 2: {"100": 10.0, "200": 22.0, "300": 31.0}}
     runs = {"baseline": {seed: {"curve": curve} for seed, curve in curves.items()}}
     plot_curves(runs, "curves.png")
     plot_curves({}, "empty.png")
-    whole, last = (axis.lines for axis in figures[0].axes)
-    assert whole[0].get_xydata().tolist() == [[100, 9], [200, 21], [300, 30.5]]
+    full, last = (axis.lines for axis in figures[0].axes)
+    assert full[0].get_xydata().tolist() == [[100, 9], [200, 21], [300, 30.5]]
     assert last[0].get_xydata().tolist() == [[200, 21], [300, 30.5]]
     assert [bool(figure.axes[0].get_legend()) for figure in figures] == [True, False]
 
 
-def test_the_whole_is_compared_with_mask_rcnn(tmp_path):
+def test_full_panet_is_compared_with_mask_rcnn(tmp_path):
     for rung, values in (("baseline", (30.0, 31.0)), ("+ff", (33.0, 33.5)), ("+hhd", (34.0, 36.0))):
         for seed, value in enumerate(values):
             write_run(tmp_path, rung, seed, value)
     last = [line for line in table(load_results(str(tmp_path)), {}).splitlines() if "box" in line]
-    above, whole = (cell.strip() for cell in last[-1].strip("|").split("|")[3:5])
+    above, full = (cell.strip() for cell in last[-1].strip("|").split("|")[3:5])
     # Differences 1 and 2.5 from +ff, 4 and 5 from Mask R-CNN; 12.71 / sqrt(2) times the deviation.
-    assert above == "+1.8 [-7.8, +11.3]" and whole == "+4.5 [-1.9, +10.9]"
+    assert above == "+1.8 [-7.8, +11.3]" and full == "+4.5 [-1.9, +10.9]"
 
 
 def test_runs_that_differ_in_more_than_their_rung_are_not_compared(tmp_path):
@@ -102,7 +124,7 @@ def test_runs_that_differ_in_more_than_their_rung_are_not_compared(tmp_path):
 
 
 def test_seeds_of_a_rung_were_trained_alike(tmp_path):
-    """Even in what rungs differ in."""
+    """The keys that rungs set agree between the seeds of a rung."""
     write_run(tmp_path, "+norm", 1, 30.0)
     write_run(tmp_path, "+bpa", 1, 30.0, ("MODEL.FPN.NORM", "BN"))
     assert len(load_results(str(tmp_path))) == 2

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.modeling import FPN, StandardROIHeads, build_model
@@ -8,7 +6,9 @@ from experiments.ablation.rungs import GROUPS, LADDER, PARTS, RUNGS, overrides
 from panet_d2 import PAFPN, AdaptiveROIPooler
 from panet_d2.engine import setup_config
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml")
+from ...common import ROOT
+
+CONFIG = str(ROOT / "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml")
 
 
 def config(name):
@@ -18,9 +18,9 @@ def config(name):
 
 def test_ladder_is_the_papers():
     assert list(LADDER) == ["baseline", "+mst", "+norm", "+bpa", "+afp", "+ff", "+hhd"]
-    for below, name in zip(list(LADDER), list(LADDER)[1:]):
-        assert LADDER[name].compared_with == below
-        assert LADDER[name].parts - LADDER[below].parts == {name[1:]}
+    for previous, name in zip(list(LADDER), list(LADDER)[1:]):
+        assert LADDER[name].compared_with == previous
+        assert LADDER[name].parts - LADDER[previous].parts == {name[1:]}
     assert LADDER["+hhd"].parts == set(PARTS)
 
 
@@ -32,11 +32,11 @@ def test_groups():
     assert all(
         len(r.parts) == 1 and r.compared_with == "baseline" for r in GROUPS["alone"].values()
     )
-    for rung in GROUPS["ideas"].values():  # beside what is trained as it is
+    for rung in GROUPS["ideas"].values():
         assert rung.parts - RUNGS[rung.compared_with].parts == {"bpa", "afp", "ff"}
     kinds = {(r.fusion, r.fuse_first) for r in GROUPS["fusion"].values()} | {("max", False)}
     fusions = ("max", "sum", "mean", "product")
-    assert kinds == {(f, before) for f in fusions for before in (True, False)}
+    assert kinds == {(fusion, first) for fusion in fusions for first in (True, False)}
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -57,12 +57,12 @@ def test_model_has_the_parts(name):
             assert pooler.fusion == rung.fusion
             assert (pooler.adaptation == "none") == rung.fuse_first
     assert hasattr(heads.mask_head, "fc_fusion") == ("ff" in rung.parts)
-    # However the layers are shared out, each branch has as many as ever before its predictor.
+    # With the adaptation layer each branch has as many layers before its predictor as without it.
     moved = "afp" in rung.parts and not rung.fuse_first
     convs, fcs = cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.NUM_FC
     assert convs + fcs + moved == (5 if "hhd" in rung.parts else 2)
     assert cfg.MODEL.ROI_MASK_HEAD.NUM_CONV + moved == 4
-    # As in the release, no norm behind the fc layer that follows convs.
+    # As in the release, no norm after the fc layer that follows convs.
     normed = [getattr(fc, "norm", None) is not None for fc in heads.box_head.fcs]
     assert set(normed) == {"norm" in rung.parts and "hhd" not in rung.parts}
     assert all(
@@ -78,7 +78,7 @@ def test_norm_of_several_gpus():
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_norms_of_a_pretrained_resnet_are_trained_with_the_others(name):
-    """As the paper does: left frozen below a norm, the ResNet's features grow without bounds."""
+    """As in the paper: with its own norms frozen, the ResNet's features grow without bounds."""
     opts = overrides(RUNGS[name], resnet_norm="BN")
     trained = "norm" in RUNGS[name].parts
     assert opts[opts.index("MODEL.RESNETS.NORM") + 1] == ("BN" if trained else "FrozenBN")

@@ -36,14 +36,14 @@ def write_output(folder):
 
 
 def write_train_net(folder, *lines):
-    """A program in the place of ``train_net.py``, that works in its own folder."""
+    """Write a program that replaces ``train_net.py`` and works in its own folder."""
     path = folder / "train_net.py"
     start = ["import json, os, shutil, sys, time", f"os.chdir({str(folder)!r})"]
     path.write_text("\n".join([*start, *lines]))
     return str(path)
 
 
-# Says its process, and ends when it is told to.
+# Writes its process id, and ends when a file "end" appears.
 ENDLESS = [
     "with open('pid.new', 'w') as f:",
     "    f.write(str(os.getpid()))",
@@ -77,7 +77,7 @@ def test_result_of_a_resumed_run(tmp_path):
 
 
 def test_a_model_that_finds_nothing_has_no_ap(tmp_path):
-    """Detectron2 then says nan for boxes and nothing of masks."""
+    """Detectron2 then reports nan for boxes and no key for masks."""
     write_output(tmp_path)
     with open(tmp_path / "metrics.json", "a") as f:
         f.write('\n{"iteration": 5, "time": 1.0, "total_loss": 1.0}')
@@ -112,7 +112,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     done = []
 
     def execute(run, work, results, train_net, threads):
-        assert threads is None or threads * 2 <= max(2, cpu_count())  # two at a time share
+        assert threads is None or threads * 2 <= max(2, cpu_count())  # two at a time share cores
         done.append(run.seed)
         if run.seed == 2:
             raise RunFailed("seed 2 broke")
@@ -127,7 +127,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 
 def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
-    """The run that is under way is ended as well."""
+    """The run that is under way is terminated as well."""
     runs = [Run("baseline", seed, "config.yaml", ()) for seed in range(4)]
     started, interrupted = [], threading.Event()
 
@@ -149,7 +149,7 @@ def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start_tool(tmp_path):
-    """Starts a program that trains, and waits for the process that it starts for that."""
+    """Start a program that trains, and wait for its training process."""
     tools = []
 
     def start(program):
@@ -166,7 +166,7 @@ def start_tool(tmp_path):
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, STOPPED), (signal.SIGINT, -2)])
 def test_the_end_of_the_tool_is_that_of_its_runs(sent, status, start_tool, tmp_path):
-    """``kill`` reaches the tool alone; a run that went on would have a second one beside it."""
+    """``kill`` reaches the tool alone. A training process that lives on would block a new run."""
     train_net = write_train_net(tmp_path, *ENDLESS)
     tool = start_tool(
         "import sys; import experiments.ablation.__main__ as ablation; "
@@ -182,7 +182,7 @@ def test_the_end_of_the_tool_is_that_of_its_runs(sent, status, start_tool, tmp_p
 
 
 def test_a_run_has_one_process(start_tool, tmp_path):
-    """Also where the tool was killed and what it had started lives on."""
+    """Also after the tool was killed and while its training process lives on."""
     arguments = (str(tmp_path), str(tmp_path), write_train_net(tmp_path, *ENDLESS))
     tool = start_tool(
         "from experiments.ablation import runner; "
@@ -245,7 +245,7 @@ def test_a_run_begun_with_other_settings_does_not_go_on(tmp_path):
     train_net = tmp_path / "train_net.py"
     train_net.write_text("import sys; sys.exit('broken')")
     run = partial(runner.execute, work=str(tmp_path), results="", train_net=str(train_net))
-    for _ in range(2):  # the same goes on
+    for _ in range(2):  # the same run is resumed
         with pytest.raises(RunFailed, match="ended with 1"):
             run(RUN)
     with pytest.raises(RunFailed, match="other settings.*A 1, now 3"):
@@ -273,7 +273,7 @@ def test_resnet_is_trained_once(tmp_path, monkeypatch):
     assert name == "backbone.bottom_up.stem.w" and weight.tolist() == [1, 1]
 
 
-def test_a_failure_says_where_its_log_is(tmp_path):
+def test_a_failure_names_its_log(tmp_path):
     run = Run("baseline", 1, str(tmp_path / "missing.yaml"), ())
     train_net = tmp_path / "train_net.py"
     train_net.write_text("import sys; sys.exit('broken')")

@@ -7,7 +7,9 @@ from experiments.benchmark import __main__ as tool
 from experiments.benchmark.report import MODELS, markdown
 from panet_d2 import cli
 
-from ...common import tiny_cfg
+from ...common import ROOT, tiny_cfg
+
+RESULTS = ROOT / "experiments/results/benchmark"
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -24,7 +26,7 @@ def test_end_to_end(tmp_path, capsys):
     for seconds in measured["seconds"].values():
         assert seconds.keys() == set(MODELS) and min(seconds.values()) > 0
     for name in MODELS:
-        # The parts are all of the time.
+        # The parts add up to the time of inference.
         total = sum(measured["parts"][name].values())
         assert total == pytest.approx(measured["seconds"]["inference, batch 1"][name], rel=2)
     assert [row["fusion"] for row in results["op"]] == ["max", None, "sum", "mean"]
@@ -33,8 +35,14 @@ def test_end_to_end(tmp_path, capsys):
     assert "PANet / stock" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))
+def test_committed_tables_are_those_of_the_json_file(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert (RESULTS / f"{name}.md").read_text() == markdown(results)
+
+
 def test_ladder():
-    """Every part adds operations to the one before, where images are of one size."""
+    """Each part adds operations, for images of one size."""
     assert [Path(p).name[:2] for p in tool.LADDER] == [f"{i}_" for i in range(7)]
     rows = tool.benchmark_ladder([tool.LADDER[i] for i in (0, 3, 4, 5)], (64, 96))
     # Detectron2's own R-50-FPN

@@ -20,7 +20,7 @@ def models(request):
     return request.param, build_models(cfg, request.param)
 
 
-def test_models_are_what_they_are_called(models):
+def test_models_have_the_parts_of_their_names(models):
     head, built = models
     stock = built["Mask R-CNN"]
     assert type(stock.backbone).__name__ == "FPN"
@@ -33,7 +33,7 @@ def test_models_are_what_they_are_called(models):
 
 
 def test_naive_panet_gives_the_same(models):
-    """The comparison is of two ways to compute one thing."""
+    """Both compute the same detections."""
     _, built = models
     x = images(1, 64, 96)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_threshold_lets_detections_through(models):
 
 
 def test_counts_are_those_of_a_trained_model(models):
-    """As many proposals as the config allows, for every model, and of all sizes."""
+    """Every model has as many proposals as the config allows, of all sizes."""
     _, built = models
     for model in built.values():
         seen = []

@@ -8,7 +8,7 @@ from ...common import tiny_cfg
 
 
 def test_a_step_leaves_the_model_as_it_was():
-    """With random weights gradients are huge, and any step changes what is detected."""
+    """With random weights gradients are huge, and any other step would change the detections."""
     torch.manual_seed(0)
     model, inputs = imitate_trained(build_model(tiny_cfg())), images(2, 64, 96)
     set_score_threshold(model, inputs)

@@ -1,0 +1,74 @@
+import json
+import os
+import re
+import shlex
+from functools import partial
+
+import pytest
+
+from experiments.ablation import __main__ as ablation
+from panet_d2.engine import setup_config
+
+from ..common import ROOT
+
+RESULTS = ROOT / "experiments/results"
+READMES = sorted(RESULTS.rglob("README.md"))
+MODULE = "python -m experiments.ablation "
+
+
+def ablation_commands(readme):
+    """Arguments of the commands of the ablation in a README."""
+    blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(), flags=re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line[len(MODULE) :]) for line in lines if line.startswith(MODULE)]
+
+
+WITH_COMMANDS = [
+    readme.parent.name
+    for readme in sorted((RESULTS / "ablation").glob("*/README.md"))
+    if ablation_commands(readme)
+]
+
+
+def test_every_folder_has_a_readme():
+    folders = {RESULTS, *(path for path in RESULTS.rglob("*") if path.is_dir())}
+    assert folders == {readme.parent for readme in READMES}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_links_resolve(readme):
+    for target in re.findall(r"\]\(([^)]+)\)", readme.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = readme.parent / path if path else readme
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_commands_give_the_committed_runs(name, tmp_path, monkeypatch):
+    """For each JSON file, the commands of the README make a run with the same config and seed."""
+    without_data = partial(setup_config, needed=())
+    monkeypatch.setattr(ablation, "setup_config", without_data)
+    monkeypatch.setattr(ablation, "pretrained_resnet", lambda run, *_: f"{run.name}_resnet.pth")
+    made = []
+    monkeypatch.setattr(ablation, "run_all", lambda runs, *_: made.extend(runs) or ["failed"])
+    for command in ablation_commands(RESULTS / "ablation" / name / "README.md"):
+        opts = command.index("--opts") if "--opts" in command else len(command)
+        ablation.main([*command[:opts], "--results", str(tmp_path), *command[opts:]])
+
+    def config(settings):
+        config_file = os.path.join(os.path.dirname(ablation.BASELINES[data]), settings["config"])
+        opts = [part for k, v in settings.items() if k != "config" for part in (k, v)]
+        return without_data(config_file, opts).dump()
+
+    data = name.split("_")[0]
+    configs = {(run.seed, config(run.settings)) for run in made}
+    for path in (RESULTS / "ablation" / name).glob("*_seed*.json"):
+        run = json.loads(path.read_text())
+        if not run["rung"].startswith("pretrain"):
+            assert (run["seed"], config(run["settings"])) in configs, path.name
