@@ -1,4 +1,4 @@
-"""What is wrong with a data set in COCO format: its annotations, and its images."""
+"""Find errors in a dataset in COCO format: in its annotations and its images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -21,17 +21,11 @@ from ..config import read_choice
 from ..errors import DataError
 from .check_annotations import Problem, check_annotations
 
-__all__ = [
-    "Problem",
-    "check_annotations",
-    "check_coco",
-    "check_images",
-    "check_training_images",
-    "read_coco",
-    "refuse_errors",
-]
-
 logger = logging.getLogger("panet_d2")
+
+# File names and sizes by dataset, from setup_datasets for check_training_images, which would parse
+# the annotation files again: 30 MB for COCO train2017, whose whole content takes several GB.
+_kept_images: Dict[str, List[dict]] = {}
 
 
 def read_coco(json_file: str) -> dict:
@@ -40,11 +34,11 @@ def read_coco(json_file: str) -> dict:
         json_file (str): path of an annotation file.
 
     Returns:
-        dict: its content, with the lists "images" and "categories", neither of them empty, and
-        perhaps "annotations".
+        dict: its content. The lists "images" and "categories" are there and not empty; the list
+        "annotations" may be missing.
 
     Raises:
-        DataError: if it cannot be read, or is not such a file.
+        DataError: if it cannot be read or is not a COCO annotation file.
     """
     try:
         with PathManager.open(json_file) as f:
@@ -75,20 +69,15 @@ def check_coco(
     workers: Optional[int] = None,
 ) -> List[Problem]:
     """
-    Find everything that is wrong with a data set: :func:`check_annotations`, then
-    :func:`check_images`.
+    Find all problems of a dataset: :func:`check_annotations`, then :func:`check_images`, which
+    explain the arguments.
 
     Args:
         json_file (str): annotation file.
         image_root (str): folder of the images.
-        masks, evaluated, keypoints: see :func:`check_annotations`.
-        image_format, workers: see :func:`check_images`.
-
-    Returns:
-        list[Problem]: those of the annotation file first.
 
     Raises:
-        DataError: if the annotation file is not one, or there is no such folder.
+        DataError: if the annotation file cannot be read or the folder does not exist.
     """
     content = read_coco(json_file)
     if not PathManager.isdir(image_root):
@@ -104,31 +93,31 @@ def check_images(
     workers: Optional[int] = None,
 ) -> List[Problem]:
     """
-    Read every image as training does, but more strictly. On a terminal there is a progress bar.
+    Read every image as training does, but more strictly.
 
     Args:
-        images (list[dict]): the "images" of an annotation file.
+        images (list[dict]): the "images" of an annotation file. Those without a file name are
+            skipped, because :func:`check_annotations` names them.
         image_root (str): their folder.
         image_format (str): ``INPUT.FORMAT``.
-        workers (int): how many threads; by default one per core, eight at most.
+        workers (int): number of threads; by default one per core, at most eight.
 
     Returns:
-        list[Problem]: in the order of ``images``. Those without a file name are left out, since
-        :func:`check_annotations` names them.
+        list[Problem]: in the order of ``images``.
     """
     named = [i for i in images if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
     read = partial(_image_problems, root=image_root, image_format=image_format)
     workers = workers or min(8, os.cpu_count() or 1)
     with _strict_pillow(), ThreadPoolExecutor(workers) as executor:
         found = executor.map(read, named)
-        # Without a terminal there is no bar.
+        # disable=None: no bar without a terminal.
         found = tqdm(found, total=len(named), desc="images", unit="image", disable=None)
         return [problem for problems in found for problem in problems]
 
 
 @contextlib.contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Programs that tolerate truncated images switch that on for the whole process."""
+    """Switch off the tolerance for truncated images, which is global."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -144,15 +133,14 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
     try:
         with PathManager.open(path, "rb") as f, Image.open(f) as image:
             mode, size = image.mode, image.size
-            # Decoding a PNG does not notice all that its checksums do.
-            image.verify()
+            image.verify()  # a PNG's checksums, which decoding ignores
         pixels = read_image(path, image_format)
-    # Pillow raises almost anything for what is broken.
+    # Pillow raises almost any error for broken images.
     except Exception as e:
         return [Problem(path, "image cannot be read", f"{type(e).__name__}: {e}")]
     problems = []
     if mode.startswith(("I", "F")):
-        # They would be cut at 255, and most of them become white.
+        # Values above 255 would become white.
         detail = f"Pillow's mode {mode}; scale it to 8 bits first"
         problems.append(Problem(path, "image has more than 8 bits per channel", detail))
     height, width = pixels.shape[:2]
@@ -166,12 +154,11 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
 
 def check_training_images(cfg: CfgNode) -> None:
     """
-    Read all images that a training run will read, those that it is evaluated on too, as far as
-    their data sets are listed in ``DATASETS.REGISTER_COCO``. Does nothing where
-    ``DATASETS.CHECK_IMAGES`` is False.
+    Read all images of the datasets in ``DATASETS.REGISTER_COCO`` that a run trains or is evaluated
+    on. Does nothing if ``DATASETS.CHECK_IMAGES`` is False.
 
     Args:
-        cfg (CfgNode): its data sets registered by :func:`panet_d2.data.setup_datasets`.
+        cfg (CfgNode): its datasets registered by :func:`panet_d2.data.setup_datasets`.
 
     Raises:
         DataError: naming the images that cannot be used.
@@ -179,26 +166,32 @@ def check_training_images(cfg: CfgNode) -> None:
     if not read_choice(cfg, "DATASETS.CHECK_IMAGES", (True, False)):
         return
     listed = {entry[0] for entry in cfg.DATASETS.REGISTER_COCO}
+    kept = dict(_kept_images)
+    forget_images()
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         if name not in listed:
             continue
         metadata = MetadataCatalog.get(name)
-        images = read_coco(metadata.json_file)["images"]
+        images = kept.get(name) or read_coco(metadata.json_file)["images"]
         logger.info(f"Checking the {len(images)} images of {name!r} (DATASETS.CHECK_IMAGES) …")
         problems = check_images(images, metadata.image_root, cfg.INPUT.FORMAT)
         refuse_errors(problems, metadata.json_file, metadata.image_root)
 
 
-def refuse_errors(problems: Sequence[Problem], json_file: str, image_root: str) -> None:
-    """
-    Args:
-        problems (list[Problem]): what was found in a data set.
-        json_file (str): its annotation file.
-        image_root (str): its folder of images.
+def keep_images(name: str, images: Sequence[dict]) -> None:
+    """Keep file names and sizes of a dataset's images for :func:`check_training_images`."""
+    keys = ("file_name", "width", "height")
+    records = (i for i in images if isinstance(i, dict))
+    _kept_images[name] = [{k: r[k] for k in keys if k in r} for r in records]
 
-    Raises:
-        DataError: if there are errors among them; it names the first few.
-    """
+
+def forget_images() -> None:
+    """Drop what :func:`keep_images` keeps."""
+    _kept_images.clear()
+
+
+def refuse_errors(problems: Sequence[Problem], json_file: str, image_root: str) -> None:
+    """Raise a DataError that names the first few problems of severity "error", if there are any."""
     errors = [str(p) for p in problems if p.severity == "error"]
     if errors:
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""

@@ -1,25 +1,29 @@
-"""Data sets in COCO format, registered from the config; and whether data and config agree."""
+"""Register datasets in COCO format from the config, and check them against it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from typing import Dict, Iterable, List, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from ..config import read_choice
 from ..errors import ConfigError, DataError
-from .check import check_annotations, read_coco, refuse_errors
-
-__all__ = ["coco_entries", "find_coco_files", "register_coco_file", "setup_datasets"]
+from .check import check_annotations, forget_images, keep_images, read_coco, refuse_errors
+from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
 
 logger = logging.getLogger("panet_d2")
 
-# Where the number of classes stands, by meta-architecture.
+# Fewer annotations are checked in less than a second. A record of them would be clutter.
+_WORTH_REMEMBERING = 10_000
+
+# The node with the number of classes, by meta-architecture.
 _NUM_CLASSES_KEYS = {
     "GeneralizedRCNN": "ROI_HEADS",
     "PanopticFPN": "ROI_HEADS",
@@ -27,24 +31,35 @@ _NUM_CLASSES_KEYS = {
 }
 
 
+class _CocoFile(NamedTuple):
+    """The content of an annotation file, and its state before it was read."""
+
+    state: Optional[FileState]
+    content: dict
+
+
 def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
     """
-    Register one data set in COCO format under ``name``; again, if it is known already.
+    Register a dataset in COCO format. It replaces a dataset of the same name.
 
     Args:
         name (str): the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        json_file (str): annotation file. A relative path starts at the environment variable
-            ``DETECTRON2_DATASETS``.
-        image_root (str): folder of the images, likewise.
+        json_file, image_root (str): annotation file and folder of the images. Relative paths start
+            at the environment variable ``DETECTRON2_DATASETS``.
 
     Returns:
         dict: the content of the annotation file.
 
     Raises:
-        DataError: if a file or folder is missing, or the annotation file is not one.
+        DataError: if a file or folder is missing, or the annotation file cannot be used.
     """
     json_file, image_root = find_coco_files(name, json_file, image_root)
     content = read_coco(json_file)
+    _register(name, json_file, image_root, content)
+    return content
+
+
+def _register(name: str, json_file: str, image_root: str, content: dict) -> None:
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         classes = {c["id"]: c["name"] for c in categories}
@@ -66,59 +81,33 @@ def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
         json_file,
         image_root,
     )
-    return content
 
 
 def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, str]:
-    """
-    Args:
-        name (str): the data set's name, for the message.
-        json_file, image_root (str): as in ``DATASETS.REGISTER_COCO``.
-
-    Returns:
-        tuple[str, str]: their paths, relative ones from ``DETECTRON2_DATASETS`` on.
-
-    Raises:
-        DataError: if one of them is missing.
-    """
+    """Return the paths of both, as :func:`register_coco_file` takes them; DataError if missing."""
     base = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
     hint = f"Relative paths start at DETECTRON2_DATASETS, which is {base!r}."
     if not PathManager.isfile(json_file):
-        raise DataError(f"data set {name!r}: there is no annotation file {json_file}. {hint}")
+        raise DataError(f"dataset {name!r}: there is no annotation file {json_file}. {hint}")
     if not PathManager.isdir(image_root):
-        raise DataError(f"data set {name!r}: there is no image folder {image_root}. {hint}")
+        raise DataError(f"dataset {name!r}: there is no image folder {image_root}. {hint}")
     return json_file, image_root
 
 
 def coco_entries(cfg: CfgNode) -> List[Tuple[str, str, str]]:
-    """
-    Args:
-        cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`.
-
-    Returns:
-        list[tuple[str, str, str]]: ``DATASETS.REGISTER_COCO``.
-
-    Raises:
-        ConfigError: if an entry is not (name, annotation file, image folder).
-    """
-    entries = cfg.DATASETS.REGISTER_COCO
+    """Return ``DATASETS.REGISTER_COCO``; raise a ConfigError if it is not a list of triples."""
+    entries, wanted = cfg.DATASETS.REGISTER_COCO, "(name, annotation file, image folder)"
     if not isinstance(entries, (list, tuple)):
-        raise ConfigError(
-            f"DATASETS.REGISTER_COCO is {entries!r}; it must be a list of (name, annotation file, "
-            "image folder)."
-        )
+        raise ConfigError(f"DATASETS.REGISTER_COCO is {entries!r}; it must be a list of {wanted}.")
     for entry in entries:
         if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
-            raise ConfigError(
-                f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be (name, annotation "
-                "file, image folder)."
-            )
+            raise ConfigError(f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be {wanted}.")
     return [tuple(entry) for entry in entries]
 
 
 def _keypoint_metadata(categories: List[dict]) -> dict:
-    """What Detectron2's keypoint mapper wants to know, from the first category that has any."""
+    """Names and flips of the keypoints, from the first category that has keypoints."""
     for category in categories:
         names = category.get("keypoints")
         if not names:
@@ -137,28 +126,37 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
 
 def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
-    Register the data sets of ``DATASETS.REGISTER_COCO``, check what will be used of them against
-    the config, and fill in the number of classes where the config leaves it at 0.
+    Register the datasets of ``DATASETS.REGISTER_COCO``, check those that are used against the
+    config, and set the number of classes if it is 0. All processes of a job must call this.
 
     Args:
         cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`; changed in place.
-        needed (sequence[str]): which of "TRAIN" and "TEST" will be used. Evaluating needs no
-            training data, and predicting none at all; a data set that is not needed may be
-            missing, and then only its class names are.
+        needed (sequence[str]): which of "TRAIN" and "TEST" will be used: evaluation needs no
+            training data, prediction none at all. Other datasets may be missing.
 
     Raises:
-        ConfigError: if ``DATASETS`` names an unknown data set, or the config does not go with it.
-        DataError: if a data set is missing or incomplete, has nothing to learn from, or
-            :func:`panet_d2.data.check_annotations` finds an error in it.
+        ConfigError: if ``DATASETS`` names an unknown dataset, or dataset and config disagree.
+        DataError: if a dataset is missing, incomplete or without objects, or the main process
+            finds an error by :func:`panet_d2.data.check_annotations`.
     """
     used: Dict[str, str] = {}
     for split in needed:
         for name in cfg.DATASETS[split]:
             used.setdefault(name, split)
-    contents = {}
+    check = read_choice(cfg, "DATASETS.CHECK_ANNOTATIONS", (True, False))
+    # Only train() of the main process reads the images, see check_training_images.
+    keep = "TRAIN" in needed and cfg.DATASETS.CHECK_IMAGES is True and comm.is_main_process()
+    forget_images()
+    read: Dict[str, _CocoFile] = {}  # by path, because two names may share a file
+    files: Dict[str, _CocoFile] = {}
     for name, json_file, image_root in coco_entries(cfg):
         try:
-            contents[name] = register_coco_file(name, json_file, image_root)
+            json_file, image_root = find_coco_files(name, json_file, image_root)
+            if json_file not in read:
+                state = file_state(json_file)
+                read[json_file] = _CocoFile(state, read_coco(json_file))
+            _register(name, json_file, image_root, read[json_file].content)
+            files[name] = read[json_file]
         except DataError:
             if name in used:
                 raise
@@ -168,38 +166,70 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
                 f"DATASETS.{split} names {name!r}, which is neither known to Detectron2 nor "
                 "listed in DATASETS.REGISTER_COCO."
             )
-        if name in contents:
-            metadata = MetadataCatalog.get(name)
-            problems = check_annotations(
-                contents[name],
-                masks=None if cfg.MODEL.MASK_ON else False,
-                evaluated=name in cfg.DATASETS.TEST and "TEST" in needed,
-                keypoints=_num_keypoints(cfg, name, contents[name]),
-            )
-            refuse_errors(problems, metadata.json_file, metadata.image_root)
-            _check_images(name, contents[name])
+        if name in files:
+            content = files[name].content
+            keypoints = _num_keypoints(cfg, name, content)
+            if check:
+                masks = None if cfg.MODEL.MASK_ON else False
+                evaluated = name in cfg.DATASETS.TEST and "TEST" in needed
+                _check_once(name, files[name], masks, evaluated, keypoints)
+            _check_images(name, content)
             if split == "TRAIN":
-                _check_annotations(cfg, name, contents[name])
+                _check_annotations(cfg, name, content)
                 _warn_of_flips(cfg, name)
+            if keep:
+                keep_images(name, content["images"])
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+
+
+def _check_once(
+    name: str, file: _CocoFile, masks: Optional[bool], evaluated: bool, keypoints: int
+) -> None:
+    """Check annotations in the main process, unless the record says that they have no error."""
+    error: Optional[DataError] = None
+    if comm.is_main_process():
+        checked = None
+        if file.state is not None:
+            checked = CheckedFile(file.state, masks, evaluated, keypoints)
+        if checked is None or not is_known_clean(checked):
+            metadata = MetadataCatalog.get(name)
+            number = len(file.content.get("annotations", ()))
+            logger.info(
+                f"Checking the {number} annotations of {name!r} (DATASETS.CHECK_ANNOTATIONS) …"
+            )
+            problems = check_annotations(file.content, masks, evaluated, keypoints)
+            try:
+                refuse_errors(problems, metadata.json_file, metadata.image_root)
+            except DataError as e:
+                error = e
+            else:
+                if checked is not None and number >= _WORTH_REMEMBERING:
+                    remember_clean(checked)
+    # All processes raise the error. Otherwise those that wait here would report a lost connection.
+    error = comm.all_gather(error)[0]
+    if error is not None:
+        raise error
 
 
 def _check_images(name: str, content: dict) -> None:
     root = MetadataCatalog.get(name).image_root
-    files = [os.path.join(root, image["file_name"]) for image in content["images"]]
+    images = [i for i in content["images"] if isinstance(i, dict)]
+    named = [i["file_name"] for i in images if isinstance(i.get("file_name"), str)]
+    files = [os.path.join(root, file_name) for file_name in named]
     missing = [f for f in files if not PathManager.isfile(f)]
     if missing:
         raise DataError(
-            f"data set {name!r}: {len(missing)} of {len(files)} images are missing, the first is "
+            f"dataset {name!r}: {len(missing)} of {len(files)} images are missing, the first is "
             f"{missing[0]}."
         )
 
 
 def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
     json_file = MetadataCatalog.get(name).json_file
-    annotations = [a for a in content.get("annotations", ()) if not a.get("iscrowd", 0)]
+    annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
+    annotations = [a for a in annotations if not a.get("iscrowd", 0)]
     if not annotations:
-        raise DataError(f"{json_file} has no annotations, so there is nothing to train on.")
+        raise DataError(f"{json_file} has no annotations to train on.")
     if cfg.MODEL.MASK_ON:
         masks = [a["segmentation"] for a in annotations if a.get("segmentation")]
         if not masks:
@@ -214,7 +244,7 @@ def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
 
 
 def _num_keypoints(cfg: CfgNode, name: str, content: dict) -> int:
-    """How many keypoints each object of the data set must have; 0 where they are not used."""
+    """The number of keypoints that each object must have; 0 if they are not used."""
     annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
     if not cfg.MODEL.KEYPOINT_ON or not annotations:
         return 0
@@ -230,19 +260,18 @@ def _num_keypoints(cfg: CfgNode, name: str, content: dict) -> int:
     number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if len(names) != number:
         raise ConfigError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but data set {name!r} has "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but dataset {name!r} has "
             f"{len(names)} keypoints; it must be {len(names)}."
         )
     return number
 
 
 def _warn_of_flips(cfg: CfgNode, name: str) -> None:
-    """A mirrored image has left and right keypoints exchanged, if they are known as such."""
     flipped = cfg.MODEL.KEYPOINT_ON and cfg.INPUT.RANDOM_FLIP == "horizontal"
     if flipped and not MetadataCatalog.get(name).get("keypoint_flip_map"):
         logger.warning(
-            "No two keypoints of data set %r are named as left and right of each other, so they "
-            "stay as they are in images that INPUT.RANDOM_FLIP mirrors.",
+            "No two keypoints of dataset %r are named as left and right of each other, so "
+            "INPUT.RANDOM_FLIP does not exchange any.",
             name,
         )
 
@@ -262,19 +291,19 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
             node.NUM_CLASSES = len(known)
         if node.NUM_CLASSES != len(known):
             raise ConfigError(
-                f"{key} is {node.NUM_CLASSES}, but data set {name!r} has {len(known)} classes; "
+                f"{key} is {node.NUM_CLASSES}, but dataset {name!r} has {len(known)} classes; "
                 f"{key} must be {len(known)}, or 0 to take it from the data."
             )
     _check_class_names(classes)
     if node.NUM_CLASSES < 1:
         raise ConfigError(
-            f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 where DATASETS names a "
-            "data set whose classes are known."
+            f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 if DATASETS names a dataset "
+            "with known classes."
         )
 
 
 def _check_class_names(classes: Dict[str, Tuple[str, ...]]) -> None:
-    """Several data sets with the same number of classes must mean the same by each number."""
+    """Raise a ConfigError if a class number means different things in two datasets."""
     if not classes:
         return
     first, expected = next(iter(classes.items()))

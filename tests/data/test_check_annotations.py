@@ -1,11 +1,14 @@
 import json
 import os
+from importlib import import_module
 
 import numpy as np
 import pytest
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as mask_util
 
 from panet_d2.data import NamedImageMapper, check_annotations, setup_datasets
@@ -13,7 +16,9 @@ from panet_d2.errors import DataError
 
 from ..common import tiny_cfg, write_coco
 
+MODULE = import_module("panet_d2.data.check_annotations")  # the package has a function of that name
 NAN = float("nan")
+INF = float("inf")
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
 
 
@@ -335,3 +340,197 @@ def _train(cfg, inputs):
     assert len(losses) == 5 and all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# The fast pass must find nothing where the exact check finds something, whatever a file holds.
+
+ODD = [
+    *(None, True, False, 0, 1, 2, -1, -1.5, 1.0, 0.5, NAN, INF, -INF, 10**400, -(10**400), 1e6),
+    *(999_999, "", "1", "one", [], [[]], [1], {}, {"size": [64, 96]}, (1, 2)),
+    *(np.float32(3), np.float64(3), np.int64(3)),
+]
+SIZES = [(64, 96), (480, 640), (1, 1), (2, 600_000), (64, None), (True, 96), ("64", "96")]
+
+
+def _outline(rng, height, width):
+    """A polygon of an object that is inside the image."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 12)))
+    around = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    center = np.array([width, height]) / 2
+    points = center + around * center * rng.uniform(0.2, 1.01)
+    points = points.round(int(rng.integers(0, 3)))
+    return points.astype(int).ravel().tolist() if rng.random() < 0.3 else points.ravel().tolist()
+
+
+def _segmentation(rng, height, width):
+    if rng.random() < 0.6:
+        return [_outline(rng, height, width) for _ in range(rng.integers(1, 4))]
+    first, inside = rng.integers(1, [max(height, 2), max(width, 2)]).tolist()
+    runs = [first, inside, height * width - first - inside]
+    if rng.random() < 0.5 or min(runs) < 0:
+        return rle(runs, (height, width))
+    return compressed(runs, (height, width))
+
+
+def _random_content(rng, count):
+    """Valid annotations, but for some images without a usable size."""
+    images, annotations = [], []
+    for number in range(1, 9):
+        height, width = SIZES[rng.integers(len(SIZES))] if rng.random() < 0.3 else (64, 96)
+        images.append({"id": number, "file_name": f"{number}.png"})
+        images[-1].update(height=height, width=width)
+    for number in range(1, count + 1):
+        image = images[rng.integers(len(images))]
+        sides = image["height"], image["width"]
+        height, width = sides if [type(s) for s in sides] == [int, int] else (64, 96)
+        annotation = {
+            **{"id": number, "image_id": image["id"], "category_id": int(rng.integers(1, 4))},
+            **{"area": float(rng.uniform(1, 99)), "iscrowd": int(rng.random() < 0.2)},
+            "bbox": [0, 0.5, width / 2, height],
+            "segmentation": _segmentation(rng, height, width),
+            **{"keypoints": [1, 2.5, 2, 3, 4, 1], "num_keypoints": 2},
+        }
+        annotations.append(annotation)
+    categories = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _lists(value):
+    """All lists in a value, whatever it is."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif isinstance(value, list):
+        yield value
+    for inner in value if isinstance(value, list) else ():
+        yield from _lists(inner)
+
+
+def _damage(rng, annotation):
+    keys = [*annotation, "ignore"]
+    key, odd = keys[rng.integers(len(keys))], ODD[rng.integers(len(ODD))]
+    kind = rng.integers(8)
+    lists = [x for x in _lists(annotation) if x]
+    numbers = [x for x in lists if type(x[0]) in (int, float)]
+    segmentation = annotation.get("segmentation")
+    if kind == 0:
+        annotation[key] = odd
+    elif kind == 1:
+        annotation.pop(key, None)
+    elif kind == 2 and lists:
+        values = lists[rng.integers(len(lists))]
+        values[rng.integers(len(values))] = odd
+    elif kind == 3 and lists:
+        lists[rng.integers(len(lists))].pop()
+    elif kind == 4 and numbers:  # moved, perhaps by a little
+        values = numbers[rng.integers(len(numbers))]
+        by = float(rng.choice([-1e7, -100, -1.01, -1, -0.99, 0.99, 1, 1.01, 100, 1e7]))
+        values[:] = [v + by if type(v) in (int, float) and abs(v) < 1e9 else v for v in values]
+    elif kind == 5 and numbers:  # all points in one line, or nearly so
+        values = numbers[rng.integers(len(numbers))]
+        values[:] = [7 + i // 2 * float(rng.choice([1, 0.1, 0.3])) for i in range(len(values))]
+    elif kind == 6 and numbers:
+        values = numbers[rng.integers(len(numbers))]
+        values[:] = values[:2] * (len(values) // 2)
+    elif kind == 7 and isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if isinstance(counts, str):
+            cut = rng.integers(len(counts) + 1)
+            segmentation["counts"] = counts[:cut] + "1PoO0é"[: rng.integers(6)] + counts[cut:]
+
+
+def _found(content, fast, **options):
+    """The problems, and how many annotations took the exact check."""
+    exact, checked = MODULE._annotation_problems, []
+    with pytest.MonkeyPatch.context() as patch:
+        if not fast:
+            patch.setattr(MODULE, "_is_fine", lambda *args: False)
+        patch.setattr(
+            MODULE, "_annotation_problems", lambda *args: checked.append(1) or exact(*args)
+        )
+        return check_annotations(content, **options), len(checked)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fast_finds_what_slow_finds(seed):
+    rng = np.random.default_rng(seed)
+    content = _random_content(rng, 100)
+    for annotation in content["annotations"]:
+        for _ in range(rng.choice([0, 1, 1, 2, 5])):
+            _damage(rng, annotation)
+    content["annotations"] += [None, "annotation", []]
+    for masks in (None, True, False):
+        for evaluated, keypoints in ((True, 0), (False, 2)):
+            options = dict(masks=masks, evaluated=evaluated, keypoints=keypoints)
+            (fast, few), (slow, every) = (_found(content, x, **options) for x in (True, False))
+            assert fast == slow
+            assert few < every and len(slow) > 50
+
+
+def test_fast_finds_what_slow_finds_at_the_edges(squares):
+    """Objects across each of an image's edges, near the tolerance and near the limit."""
+    image, example = squares.content["images"][0], squares.content["annotations"][0]
+    squares.content["images"] = [image, {**image, "id": 2, "height": 2, "width": 2_000_000}]
+    squares.content["annotations"] = annotations = []
+    for number, side in ((1, 96), (1, 64), (2, 2_000_000)):
+        for start in (-30, -1.01, -1, 0, side / 2, side - 0.5, side, side + 0.5):
+            for end in (-0.5, 0, 0.5, side / 2, side - 0.5, side + 1, side + 1.01, side + 30):
+                low, high = ((start, 0), (end, 2)) if side != 64 else ((0, start), (2, end))
+                box = [*low, high[0] - low[0], high[1] - low[1]]
+                polygon = [*low, high[0], low[1], *high, low[0], high[1]]
+                for changes in ({"bbox": box}, {"segmentation": [polygon]}):
+                    ids = {"id": len(annotations) + 1, "image_id": number}
+                    annotations.append({**example, "bbox": [0, 0, 2, 2], **ids, **changes})
+    (fast, few), (slow, every) = (_found(squares.content, x) for x in (True, False))
+    assert fast == slow
+    assert few < every and {p.severity for p in slow} == {"error", "warning"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text("sc"), inner, max_size=2),
+    max_leaves=12,
+)
+NUMBER = st.integers(-3, 100) | st.floats(-3, 100) | st.sampled_from([NAN, INF, -INF, 1e6, 10**400])
+POLYGON = st.lists(NUMBER, min_size=4, max_size=12)
+RLE = st.builds(rle, st.lists(st.integers(-1, 6144)) | st.text("0123456789OPQo"))
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@given(
+    st.fixed_dictionaries(
+        {"image_id": st.sampled_from([1, 4, True]) | JSON, "category_id": st.just(1) | JSON},
+        optional={
+            "id": st.just(1) | JSON,
+            "area": NUMBER | JSON,
+            "iscrowd": st.sampled_from([0, 1]) | JSON,
+            "ignore": st.just(0) | JSON,
+            "bbox": st.lists(NUMBER, min_size=4, max_size=4) | JSON,
+            "segmentation": st.lists(POLYGON, max_size=2) | RLE | JSON,
+        },
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+def test_fast_finds_what_slow_finds_in_anything(annotation, masks, evaluated):
+    images = [{"id": i, "file_name": str(i), "height": 64, "width": 96} for i in (1, 4)]
+    categories = [{"id": 1, "name": "class"}]
+    content = {"images": images, "annotations": [annotation], "categories": categories}
+    fast, slow = (_found(content, x, masks=masks, evaluated=evaluated)[0] for x in (True, False))
+    assert fast == slow
+
+
+def test_only_the_damaged_are_checked_exactly(squares):
+    rng = np.random.default_rng(0)
+    for index, annotation in enumerate(squares.content["annotations"]):
+        if index % 2:
+            squares.annotation(index, segmentation=[_outline(rng, 64, 96), SQUARE])
+        else:
+            squares.annotation(index, segmentation=annotation["segmentation"], ignore=0)
+    assert _found(squares.content, True) == ([], 0)
+    assert _found(squares.content, False) == ([], 8)
+    squares.annotation(1, segmentation=[[NAN] * 8])
+    squares.annotation(2, segmentation=rle("hello world"))
+    squares.annotation(4, bbox=[2.5, 2, 10**400, 24])
+    problems, checked = _found(squares.content, True)
+    assert problems == _found(squares.content, False)[0]
+    assert len(problems) == checked == 3

@@ -3,9 +3,11 @@ import logging
 import os
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from panet_d2.data import setup_datasets
+from panet_d2.data import check, check_training_images, register, setup_datasets
 from panet_d2.errors import ConfigError, DataError
 
 from ..common import tiny_cfg, write_coco
@@ -324,3 +326,110 @@ def test_data_that_is_not_needed_may_be_missing(data):
         setup_datasets(cfg, needed=[])
     cfg.DATASETS.TEST = ["lost_train"]
     setup_datasets(cfg, needed=[])
+
+
+@pytest.fixture
+def checks(monkeypatch, tmp_path):
+    """The numbers of annotations that were checked, however few are remembered as right."""
+    monkeypatch.setenv("PANET_D2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(register, "_WORTH_REMEMBERING", 1)
+    found, original = [], register.check_annotations
+
+    def counted(content, *args):
+        found.append(len(content["annotations"]))
+        return original(content, *args)
+
+    monkeypatch.setattr(register, "check_annotations", counted)
+    return found
+
+
+def test_what_was_right_is_not_checked_again(data, checks):
+    setup_datasets(config())
+    setup_datasets(config())
+    assert checks == [8]
+    setup_datasets(config("DATASETS.TEST", ["squares_train"]))  # which needs more
+    setup_datasets(config("MODEL.MASK_ON", False))
+    assert checks == [8] * 3
+    data(lambda content: content["annotations"].pop())
+    setup_datasets(config())
+    setup_datasets(config())
+    assert checks == [8] * 3 + [7]
+
+
+def test_what_was_wrong_is_checked_again(data, checks):
+    data(lambda content: content["annotations"][0].update(category_id=99))
+    for _ in range(2):
+        with pytest.raises(DataError, match="unknown category"):
+            setup_datasets(config())
+    assert checks == [8, 8]
+
+
+def test_few_annotations_leave_nothing_in_the_cache(data, checks, monkeypatch, tmp_path):
+    monkeypatch.setattr(register, "_WORTH_REMEMBERING", 9)
+    setup_datasets(config())
+    setup_datasets(config())
+    assert checks == [8, 8] and not (tmp_path / "cache").exists()
+
+
+def test_the_check_can_be_left_out(data, checks):
+    off = ("DATASETS.CHECK_ANNOTATIONS", False)
+
+    def edit(content):
+        content["annotations"][0].update(category_id=99)
+        content["annotations"].append("annotation")
+        content["images"].append("image")
+
+    data(edit)
+    with pytest.raises(DataError, match="unknown category"):
+        setup_datasets(config())
+    setup_datasets(config(*off))
+    assert checks == [9]
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 7"):
+        setup_datasets(config(*off, "MODEL.ROI_HEADS.NUM_CLASSES", 7))
+    data(lambda content: content["images"][0].update(file_name="lost.png"))
+    with pytest.raises(DataError, match="1 of 4 images are missing.*lost.png"):
+        setup_datasets(config(*off))
+    cfg = config()
+    cfg.DATASETS.CHECK_ANNOTATIONS = 1
+    with pytest.raises(ConfigError, match="DATASETS.CHECK_ANNOTATIONS is 1"):
+        setup_datasets(cfg)
+
+
+def test_each_file_is_parsed_once(data, monkeypatch):
+    """By two names, and by both checks."""
+    parsed, load = [], json.load
+    monkeypatch.setattr(check.json, "load", lambda f: parsed.append(f.name) or load(f))
+    cfg = config("DATASETS.TEST", ["squares_val"])
+    cfg.DATASETS.REGISTER_COCO = [list(ENTRY), ["squares_val", *ENTRY[1:]]]
+    setup_datasets(cfg)
+    check_training_images(cfg)
+    assert len(parsed) == 1
+    assert not check._kept_images  # while a model trains
+    check_training_images(cfg)
+    assert len(parsed) == 3
+    setup_datasets(cfg, needed=["TEST"])
+    assert not check._kept_images
+
+
+def test_the_main_process_checks_for_all(data, checks, tmp_path):
+    """And every process raises its error."""
+    wrong = json.loads((tmp_path / ENTRY[1]).read_text())
+    wrong["annotations"][0]["category_id"] = 99
+    (tmp_path / "squares/wrong.json").write_text(json.dumps(wrong))
+    entries = [["right", *ENTRY[1:]], ["wrong", "squares/wrong.json", ENTRY[2]]]
+    cfg = tiny_cfg("DATASETS.REGISTER_COCO", entries, "DATASETS.TRAIN", ["right"])
+
+    def child(rank):
+        dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=rank, world_size=2)
+        setup_datasets(cfg)
+        kept = len(check._kept_images)
+        cfg.DATASETS.TRAIN = ["wrong"]
+        with pytest.raises(DataError) as caught:
+            setup_datasets(cfg)
+        (tmp_path / f"{rank}.json").write_text(json.dumps([str(caught.value), len(checks), kept]))
+        dist.destroy_process_group()
+
+    mp.start_processes(child, nprocs=2, start_method="fork")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first[0] == second[0] and "unknown category" in first[0]
+    assert first[1:] == [2, 1] and second[1:] == [0, 0]
