@@ -1,4 +1,4 @@
-"""What runs here, for a bug report: ``python -m panet_d2.info``."""
+"""Print versions, devices and settings for a bug report: ``python -m panet_d2.info``."""
 
 from __future__ import annotations
 
@@ -19,24 +19,14 @@ from tabulate import tabulate
 from . import __version__
 from .layers.multilevel_roi_align import implementation
 
-__all__ = ["ENVIRONMENT", "collect_info", "main"]
-
-# Every environment variable that the package reads, but for those that torchrun sets.
-ENVIRONMENT = (
-    "DETECTRON2_DATASETS",
-    "PANET_D2_CACHE",
-    "PANET_D2_DEBUG",
-    "PANET_D2_ROI_ALIGN",
-)
+# Every environment variable that the package reads, except those that torchrun sets.
+ENVIRONMENT = ("DETECTRON2_DATASETS", "PANET_D2_CACHE", "PANET_D2_DEBUG", "PANET_D2_ROI_ALIGN")
 
 
 def collect_info() -> Dict[str, Optional[str]]:
     """
-    Returns:
-        dict[str, str or None]: versions; each device with the RoIAlign that adaptive feature
-        pooling has there ("triton", "cpu" or "reference", see
-        :func:`panet_d2.layers.multilevel_roi_align`); and the environment variables that the
-        package reads, None where they are not set.
+    Return versions, each device and its RoIAlign ("triton", "cpu" or "reference"), and the
+    variables in :data:`ENVIRONMENT`, None if they are not set.
     """
     info: Dict[str, Optional[str]] = {
         "panet_d2": __version__,
@@ -48,22 +38,21 @@ def collect_info() -> Dict[str, Optional[str]]:
         "numpy": numpy.__version__,
         "Python": platform.python_version(),
     }
-    devices = {
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    }
+    cpu = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{cpu}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {major}.{minor}"
     for device, name in devices.items():
         info[device] = name
-        # As the models have it: in float32 (half precision goes the same way), two samples.
+        # For float32 and a sampling ratio of 2, as in the configs. Half precision gives the same.
         info[f"RoIAlign on {device}"] = implementation([torch.zeros(1, 1, 1, 1).to(device)], 2)
     info.update((f"${variable}", os.environ.get(variable)) for variable in ENVIRONMENT)
     return info
 
 
 def _find(module: str) -> str:
-    """The version of a module that may be missing, or why it is."""
+    """Return a module's version, or why it cannot be imported."""
     try:
         return getattr(import_module(module), "__version__", "yes")
     except ImportError as e:
@@ -71,21 +60,14 @@ def _find(module: str) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """
-    Print :func:`collect_info`, and what Detectron2 collects itself.
-
-    Args:
-        argv (list[str] or None): the command line, without the program.
-    """
+    """Print :func:`collect_info` and Detectron2's report."""
     parser = argparse.ArgumentParser(prog="python -m panet_d2.info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="panet_d2's own part, as JSON")
-    args = parser.parse_args(argv)
-    info = collect_info()
-    if args.json:
-        print(json.dumps(info, indent=2))
+    parser.add_argument("--json", action="store_true", help="panet_d2's part as JSON")
+    if parser.parse_args(argv).json:
+        print(json.dumps(collect_info(), indent=2))
     else:
-        print(tabulate((name, "not set" if v is None else v) for name, v in info.items()))
-        print(collect_env_info())
+        rows = [(name, "not set" if v is None else v) for name, v in collect_info().items()]
+        print(tabulate(rows), collect_env_info(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever ends the process that writes them."""
+"""Atomic writing of local files: a new file is complete, or the old one stays."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, Iterator
 from urllib.parse import urlparse
 
-__all__ = ["AtomicPathManager", "atomic_open"]
-
 
 @contextmanager
 def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Open a local file for writing. What is written appears under its name when the block is left
-    without an error; until then, and after an error, what was there before stays.
+    Open a local file for writing. The new content gets the file's name when the block ends without
+    an error. Until then, and after an error, the old file stays.
 
     Args:
         path (str): the file.
         mode (str): "w" or "wb".
 
-    Yields:
-        file object
-
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     unfinished = path + ".part"
     try:
         with open(unfinished, mode) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())  # or the name could reach the disk before the content
+            os.fsync(f.fileno())  # otherwise the name can reach the disk before the content
         os.replace(unfinished, path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -40,28 +35,16 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 class AtomicPathManager:
-    """A path manager that writes local files by :func:`atomic_open`; all else is another's."""
+    """Wrap a path manager of ``iopath``, and write local files with :func:`atomic_open`."""
 
     def __init__(self, path_manager: Any):
-        """
-        Args:
-            path_manager (PathManager): what does the rest, see ``iopath``.
-        """
         self._path_manager = path_manager
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._path_manager, name)
 
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        """
-        Args:
-            path (str): a path or URL.
-            mode (str): as for :func:`open`.
-            kwargs: for the path manager.
-
-        Returns:
-            file object, to be used as a context manager.
-        """
+        """Open a path or URL, see ``PathManager.open``. Use the result as a context manager."""
         if mode in ("w", "wb") and not urlparse(path).scheme:
             return atomic_open(path, mode)
         return self._path_manager.open(path, mode, **kwargs)

@@ -1,20 +1,19 @@
-"""Turning one state dict into another by rules, with an account of every tensor."""
+"""Conversion of one state dict into another by rules, with an account of every tensor."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from fnmatch import translate
+from typing import Callable, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
 
 from ..errors import CheckpointError
 from .atomic import atomic_open
-from .strict_checkpoint import join_names
-
-__all__ = ["Conversion", "Row", "Rule", "apply_rules", "save_whole"]
+from .strict_checkpoint import check_fit, join_names
 
 Tensors = Dict[str, torch.Tensor]
 
@@ -22,27 +21,26 @@ Tensors = Dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Rule:
     """
-    What becomes of the tensors whose whole name matches ``pattern``.
+    What happens to the tensors whose full name matches ``pattern``.
 
     Args:
         pattern (str): regular expression.
-        target: the new name, with ``\\1`` or ``\\g<name>`` for the groups of the pattern, or a
-            function from the match to the name; or None to leave the tensor out. A name with an
-            index, as ``layers.weight[2]``, is that part of a tensor which several make up, one
-            after the other along the first axis.
-        transform: from the tensor to the one that is stored.
+        target (str or None): the new name, with ``\\1`` for the first group of the pattern. None
+            leaves the tensor out. A name with an index, such as ``layers.weight[2]``, is a part
+            of a tensor; the parts are concatenated along the first axis.
+        transform (callable or None): from the tensor to the one that is stored.
         note (str): what the transform does, or why the tensor is left out.
     """
 
     pattern: str
-    target: Union[str, Callable[[re.Match], str], None]
+    target: Optional[str]
     transform: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One line of the account: a tensor of either side, and what was done with it."""
+    """One line of the account: what happened to a tensor of the source or of the model."""
 
     action: str  # "carried", "copied", "initialised" or "left out"
     source: str
@@ -53,7 +51,7 @@ class Row:
 
 @dataclass
 class Conversion:
-    """A state dict in the making, and the account of it."""
+    """The converted state dict, and the account of every tensor."""
 
     state: Tensors = field(default_factory=dict)
     rows: List[Row] = field(default_factory=list)
@@ -61,12 +59,7 @@ class Conversion:
     def put(
         self, action: str, source: str, target: str, tensor: torch.Tensor, note: str = ""
     ) -> None:
-        """
-        Store a tensor and its row.
-
-        Raises:
-            CheckpointError: if there is one of that name.
-        """
+        """Store a tensor; raise a CheckpointError if its name is taken."""
         if target in self.state:
             raise CheckpointError(f"{source} becomes {target}, and so does another tensor.")
         self.state[target] = tensor
@@ -77,78 +70,37 @@ class Conversion:
         self.rows.append(Row("left out", source, "", tuple(tensor.shape), note))
 
     def join_parts(self) -> None:
-        """
-        Make one tensor of all whose names differ in their index alone.
-
-        Raises:
-            CheckpointError: if one of them is missing.
-        """
+        """Concatenate the parts of tensors; raise a CheckpointError if one is missing."""
         parts: Dict[str, Dict[int, torch.Tensor]] = {}
         for target in list(self.state):
             match = re.fullmatch(r"(.+)\[(\d+)\]", target)
             if match:
                 parts.setdefault(match[1], {})[int(match[2])] = self.state.pop(target)
         for name, tensors in parts.items():
-            missing = [i for i in range(max(tensors) + 1) if i not in tensors]
-            if missing:
-                raise CheckpointError(f"it has nothing for {name}[{missing[0]}].")
             try:
                 self.state[name] = torch.cat([tensors[i] for i in range(len(tensors))])
+            except KeyError as e:
+                raise CheckpointError(f"{name}[{e}] is missing from the checkpoint.") from None
             except RuntimeError as e:
-                raise CheckpointError(f"the parts of {name} have unfit shapes: {e}") from e
+                raise CheckpointError(f"the shapes of the parts of {name} differ: {e}") from e
 
-    def complete(self, model: Tensors, may_initialise: Callable[[str], Optional[str]]) -> None:
-        """
-        Fill in what the model has and the source does not, and check that all of it fits.
-
-        Args:
-            model (dict[str, Tensor]): the model's state dict, with its initial values.
-            may_initialise: from a name to the reason why its initial value will do, or None.
-
-        Raises:
-            CheckpointError: if a tensor is missing, left over, or of another shape.
-        """
-        missing = []
-        for name, value in model.items():
-            if name in self.state:
-                continue
-            reason = may_initialise(name)
-            if reason is None:
-                missing.append(name)
-            else:
-                self.put("initialised", "", name, value, reason)
-        unexpected = [name for name in self.state if name not in model]
-        shapes = [
-            f"{name} {tuple(self.state[name].shape)} instead of {tuple(model[name].shape)}"
-            for name in self.state
-            if name in model and self.state[name].shape != model[name].shape
-        ]
-        for title, names in (
-            ("it has nothing for", missing),
-            ("the model has no", unexpected),
-            ("of another shape are", shapes),
-        ):
-            if names:
-                raise CheckpointError(
-                    "the checkpoint is not one of the model of this config (another architecture "
-                    f"or number of classes): {title} {join_names(names)}"
-                )
+    def check(self, model: Tensors, new: Collection[str] = ()) -> None:
+        """Raise a CheckpointError if names or shapes differ. Names in ``new`` may be missing."""
+        check_fit(
+            "the checkpoint",
+            [name for name in model if name not in self.state and name not in new],
+            [name for name in self.state if name not in model],
+            [(n, x.shape, model[n].shape) for n, x in self.state.items() if n in model],
+        )
 
     def report(self) -> str:
-        """
-        Returns:
-            str: a table of all rows, and a line that counts them.
-        """
-        counts: Dict[str, int] = {}
-        for row in self.rows:
-            counts[row.action] = counts.get(row.action, 0) + 1
-        table = tabulate(
-            [
-                (r.action, r.source or "-", r.target or "-", "x".join(map(str, r.shape)), r.note)
-                for r in self.rows
-            ],
-            headers=("action", "from", "to", "shape", "note"),
-        )
+        """Return a table of all rows, and a line that counts them by action."""
+        counts = Counter(row.action for row in self.rows)
+        rows = [
+            (r.action, r.source or "-", r.target or "-", "x".join(map(str, r.shape)), r.note)
+            for r in self.rows
+        ]
+        table = tabulate(rows, headers=("action", "from", "to", "shape", "note"))
         return table + "\n" + ", ".join(f"{n} {action}" for action, n in counts.items())
 
 
@@ -156,41 +108,39 @@ def apply_rules(
     source: Tensors, rules: Sequence[Rule], allow_unmatched: Sequence[str] = ()
 ) -> Conversion:
     """
+    Convert a state dict by rules.
+
     Args:
         source (dict[str, Tensor]): the weights to convert.
         rules (sequence[Rule]): the first that matches a name decides.
         allow_unmatched (sequence[str]): shell patterns of names that may match no rule.
 
     Returns:
-        Conversion: what the rules make of it, not yet complete.
+        Conversion: not checked against a model yet.
 
     Raises:
-        CheckpointError: if a name matches no rule, two become one, or a part of one is missing.
+        CheckpointError: if a name matches no rule, two tensors get one name, or a part is missing.
     """
+    allowed = (Rule(translate(p), None, note="allowed to match no rule") for p in allow_unmatched)
+    rules = [*rules, *allowed]
     result = Conversion()
-    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     unmatched = []
     for name, tensor in source.items():
-        matches = ((pattern.fullmatch(name), rule) for pattern, rule in compiled)
+        matches = ((re.fullmatch(rule.pattern, name), rule) for rule in rules)
         match, rule = next(((m, rule) for m, rule in matches if m), (None, None))
         if match is None or rule is None:
-            if any(fnmatch(name, p) for p in allow_unmatched):
-                result.leave_out(name, tensor, "allowed to match no rule")
-            else:
-                unmatched.append(name)
-            continue
-        if rule.target is None:
+            unmatched.append(name)
+        elif rule.target is None:
             result.leave_out(name, tensor, rule.note)
-            continue
-        target = rule.target(match) if callable(rule.target) else match.expand(rule.target)
-        try:
-            value = rule.transform(tensor) if rule.transform else tensor
-        except (RuntimeError, IndexError) as e:
-            raise CheckpointError(f"{name} has the unfit shape {tuple(tensor.shape)}.") from e
-        result.put("carried", name, target, value, rule.note)
+        else:
+            try:
+                value = rule.transform(tensor) if rule.transform else tensor
+            except (RuntimeError, IndexError) as e:
+                raise CheckpointError(f"{name} has the wrong shape {tuple(tensor.shape)}.") from e
+            result.put("carried", name, match.expand(rule.target), value, rule.note)
     if unmatched:
         raise CheckpointError(
-            f"no rule fits {len(unmatched)} names: {join_names(unmatched)} "
+            f"no rule fits {len(unmatched)} names: {join_names(unmatched)}. "
             "--allow-unmatched PATTERN leaves them out."
         )
     result.join_parts()
@@ -199,20 +149,20 @@ def apply_rules(
 
 def save_whole(state: Tensors, path: str, author: str) -> None:
     """
-    Write a checkpoint that :class:`DetectionCheckpointer` loads; all of it, or nothing.
+    Write a checkpoint for :class:`DetectionCheckpointer` with :func:`atomic_open`.
 
     Args:
         state (dict[str, Tensor]): the weights.
-        path (str): the file, ending in ``.pth``.
-        author (str): what made it, stored beside the weights.
+        path (str): the ``.pth`` file.
+        author (str): what made the checkpoint; stored beside the weights.
 
     Raises:
         CheckpointError: if ``path`` does not end in ``.pth``.
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     if not path.endswith(".pth"):
         raise CheckpointError(f"the output is {path!r}; it must end in .pth.")
-    # Views would drag the whole tensor that they are cut from into the file.
+    # torch.save writes all of the tensor that a view belongs to, so views are cloned.
     state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
     with atomic_open(path, "wb") as f:
         torch.save({"model": state, "__author__": author}, f)

@@ -1,64 +1,50 @@
-"""Reading checkpoints of strangers: they can hold numbers, and nothing that runs."""
+"""Safe reading of checkpoints from strangers: no code in the file is run."""
 
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
-from typing import Any, Dict, Mapping, Tuple
+import re
+from typing import Any, Dict, Mapping
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from .strict_checkpoint import first_line
 
-__all__ = ["load_untrusted", "model_weights"]
-
-# What a pickle of arrays and plain containers needs. numpy moved its modules in version 2, and
-# files written with either must load with either.
-_ALLOWED: Dict[Tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): None,
+# numpy 2 renamed this module. Files name the module of the numpy that wrote them.
+_CORE = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
+# What a pickle of arrays and plain containers needs.
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    (f"{_CORE}.multiarray", "_reconstruct"),
+    (f"{_CORE}.multiarray", "scalar"),
+    (f"{_CORE}.numeric", "_frombuffer"),
 }
-for _core in ("numpy.core", "numpy._core"):
-    for _name in ("_reconstruct", "scalar"):
-        _ALLOWED[f"{_core}.multiarray", _name] = None
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = None
-_ALLOWED["numpy", "ndarray"] = np.ndarray
-_ALLOWED["numpy", "dtype"] = np.dtype
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 stores bytes
+            return str.encode
+        module = re.sub(r"^numpy\._?core\.", f"{_CORE}.", module)
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not data")
-        known = _ALLOWED[module, name]
-        if known is not None:
-            return known
-        if module == "_codecs":  # how protocol 2 stores bytes
-            return _encode
-        if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-            module = module.replace("numpy._core", "numpy.core")
-        else:
-            module = module.replace("numpy.core", "numpy._core")
+            raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which is not data")
         return super().find_class(module, name)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding}, which is not data")
-    return text.encode("latin1")
 
 
 def load_untrusted(path: str) -> Dict[str, Any]:
     """
-    Load a checkpoint without running any code that it may contain.
+    Load a checkpoint without running code that it may contain.
 
     Args:
-        path (str): a ``.pkl`` of Detectron2's model zoo (arrays and plain containers alone), or
-            any other file as a checkpoint of torch (``weights_only``).
+        path (str): a ``.pkl`` file of Detectron2's model zoo, which holds arrays and plain
+            containers, or any other file that torch loads with ``weights_only``.
 
     Returns:
-        dict: what it holds.
+        dict: the content.
 
     Raises:
         CheckpointError: if the file is missing or broken, wants to run code, or holds no dict.
@@ -72,9 +58,8 @@ def load_untrusted(path: str) -> Dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}.") from None
     except Exception as e:  # pickle, zipfile and torch each raise their own
-        first_line = (str(e) or type(e).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be loaded safely: {first_line}"
+            f"{path} is not a checkpoint that can be loaded safely: {first_line(e)}"
         ) from e
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights.")
@@ -83,18 +68,18 @@ def load_untrusted(path: str) -> Dict[str, Any]:
 
 def model_weights(content: Mapping[str, Any], path: str) -> Dict[str, torch.Tensor]:
     """
-    The weights among what a checkpoint holds.
+    Take the weights from the content of a checkpoint.
 
     Args:
-        content (mapping): from :func:`load_untrusted`; the weights stand under "model" or
-            "state_dict", or are the whole of it.
+        content (mapping): from :func:`load_untrusted`. The weights are under "model" or
+            "state_dict", or are the content.
         path (str): the file, for the error.
 
     Returns:
-        dict[str, Tensor]: by name; double and half precision become float32.
+        dict[str, Tensor]: by name. Floating-point weights become float32.
 
     Raises:
-        CheckpointError: if there is something else among them.
+        CheckpointError: if there are no weights, or a value is not a tensor.
     """
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, Mapping) or not weights:

@@ -1,28 +1,23 @@
-"""Checkpointers that neither load half a model nor save one."""
+"""Checkpointers that neither load nor save a part of a model without an error."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .._detectron2 import LoadHooks
 from ..errors import CheckpointError
 from .atomic import AtomicPathManager
 
-__all__ = ["RunCheckpointer", "StrictCheckpointer", "join_names"]
-
-_NAMES_SHOWN = 20
-
 
 class StrictCheckpointer(LoadHooks):
     """
-    A :class:`DetectionCheckpointer` that raises where its parent logs and goes on with layers
-    that were not loaded: right for evaluating, predicting and resuming.
-
-    To start a training run some layers must be new; then ``required`` names those that may not.
+    A :class:`DetectionCheckpointer` that raises an error where its parent logs that layers were
+    not loaded. Use it to evaluate, predict and resume, or to start training with ``required``.
     """
 
     def __init__(
@@ -36,11 +31,9 @@ class StrictCheckpointer(LoadHooks):
         """
         Args:
             model (nn.Module): the model to load into.
-            save_dir (str): see :class:`DetectionCheckpointer`.
-            required (list[str] or None): prefixes of the names that the checkpoint must have,
-                such as ["backbone.bottom_up."]. None requires every name of the model and no
-                other.
-            checkpointables: see :class:`DetectionCheckpointer`.
+            required (list[str] or None): prefixes of the names that the checkpoint must have, such
+                as ["backbone.bottom_up."]. None requires exactly the names of the model.
+            save_dir, checkpointables: see :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.required = required
@@ -53,92 +46,60 @@ class StrictCheckpointer(LoadHooks):
             args, kwargs: see :meth:`DetectionCheckpointer.load`.
 
         Returns:
-            dict: what the checkpoint holds beside the model.
+            dict: the rest of the checkpoint's content.
 
         Raises:
-            CheckpointError: if there is no such file, it cannot be fetched or read, or it does not
-                fit.
+            CheckpointError: if the file is missing, cannot be fetched or read, or does not fit.
         """
         if not path:
             raise CheckpointError("MODEL.WEIGHTS is empty; it must name a trained checkpoint.")
-        # Detectron2 reads "?matching_heuristics=True" behind the file's name.
-        address = urlparse(path)._replace(query="")
-        if address.scheme:
-            self._fetch(address.geturl())
-        elif not self.path_manager.isfile(address.geturl()):
-            raise CheckpointError(
-                f"there is no file {path!r}, which MODEL.WEIGHTS or, with --resume, "
-                "last_checkpoint names."
-            )
-        self._path = path
-        return super().load(path, *args, **kwargs)
-
-    def _fetch(self, address: str) -> None:
-        """Where files from afar are kept, the parent will find it."""
+        # Detectron2 reads "?matching_heuristics=True" after the name of the file.
+        address = urlparse(path)._replace(query="").geturl()
         try:
             if not self.path_manager.isfile(self.path_manager.get_local_path(address)):
-                raise FileNotFoundError("nothing is known of such addresses")
-        except Exception as e:  # each kind of address has its own
-            reason = (str(e) or type(e).__name__).splitlines()[0]
+                raise FileNotFoundError("no such file")
+        except Exception as e:  # each kind of address raises its own
             raise CheckpointError(
-                f"cannot get {address}, which MODEL.WEIGHTS names: {reason}"
+                f"cannot get {address!r}, which MODEL.WEIGHTS or, with --resume, last_checkpoint "
+                f"names: {first_line(e)}"
             ) from e
+        self._path = path
+        return super().load(path, *args, **kwargs)
 
     def read_file(self, filename: str) -> Dict[str, Any]:
         try:
             return super().read_file(filename)
         except Exception as e:  # torch, pickle and zipfile each raise their own
-            first_line = (str(e) or type(e).__name__).splitlines()[0]
-            raise CheckpointError(f"{filename} is not a checkpoint: {first_line}") from e
+            raise CheckpointError(f"{filename} is not a checkpoint: {first_line(e)}") from e
 
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super().load_weights(checkpoint)
-        found = {
-            "missing from it": [n for n in incompatible.missing_keys if self._may_not_miss(n)],
-            "in it but not in the model": [
-                n for n in incompatible.unexpected_keys if self.required is None and _counts(n)
-            ],
-            "of another shape": [
-                f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
-                for name, theirs, ours in incompatible.incorrect_shapes
-                if self._is_required(name)
-            ],
-        }
-        complaints = [f"{len(n)} {what}: {join_names(n)}" for what, n in found.items() if n]
-        if complaints:
-            raise CheckpointError(
-                f"{self._path} does not fit the model of this config. {'; '.join(complaints)}"
-            )
+        prefixes = ("",) if self.required is None else tuple(self.required)
+
+        def is_required(name: str) -> bool:
+            # Converted checkpoints have no num_batches_tracked.
+            return name.startswith(prefixes) and not name.endswith("num_batches_tracked")
+
+        missing = [n for n in incompatible.missing_keys if is_required(n)]
+        unexpected = [n for n in incompatible.unexpected_keys if is_required(n)]
+        if self.required is not None:
+            # The offsets of deformable convs start at zero. Classifiers do not have them.
+            missing = [n for n in missing if ".conv2_offset." not in n]
+            unexpected = []
+        shapes = [row for row in incompatible.incorrect_shapes if is_required(row[0])]
+        check_fit(self._path, missing, unexpected, shapes)
         return incompatible
-
-    def _is_required(self, name: str) -> bool:
-        return _counts(name) and (self.required is None or name.startswith(tuple(self.required)))
-
-    def _may_not_miss(self, name: str) -> bool:
-        # Offsets of a deformable conv are zero at first, and in no classifier.
-        is_new = self.required is not None and ".conv2_offset." in name
-        return self._is_required(name) and not is_new
-
-
-def _counts(name: str) -> bool:
-    return not name.endswith("num_batches_tracked")  # absent from converted checkpoints
 
 
 class RunCheckpointer(DetectionCheckpointer):
     """
-    A :class:`DetectionCheckpointer` whose files are there as a whole or not at all, whenever the
-    process that saves them is killed or the disk is full.
+    A :class:`DetectionCheckpointer` with atomic files: a killed process or a full disk leaves the
+    checkpoint before.
     """
 
-    path_manager: Any
-
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
-        """
-        Args:
-            model, save_dir, kwargs: see :class:`DetectionCheckpointer`.
-        """
         super().__init__(model, save_dir, **kwargs)
-        self.path_manager = AtomicPathManager(self.path_manager)
+        self.path_manager = AtomicPathManager(PathManager)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
@@ -147,30 +108,59 @@ class RunCheckpointer(DetectionCheckpointer):
 
         Raises:
             CheckpointError: if the file cannot be written. The checkpoint before is intact, and
-                the one that ``--resume`` continues from.
+                ``--resume`` continues from there.
         """
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as e:
             cause = e.__context__ if isinstance(e.__context__, OSError) else e
-            # On a full disk torch's zip writer, inline_container.cc, raises a RuntimeError; so does
-            # CUDA for other reasons.
+            # On a full disk torch's zip writer (inline_container.cc) raises a RuntimeError. CUDA
+            # raises RuntimeErrors for other reasons.
             if not (isinstance(cause, OSError) or "inline_container" in str(e)):
                 raise
             raise CheckpointError(
-                f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}. What was saved "
+                f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}. The checkpoint "
                 "before is intact; --resume continues from there."
             ) from e
 
 
-def join_names(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
+def check_fit(
+    checkpoint: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    shapes: Sequence[Tuple[str, Sequence[int], Sequence[int]]],
+) -> None:
     """
-    Args:
-        names (sequence[str]): names of tensors, for an error.
-        shown (int): how many of them to write out.
+    Raise a CheckpointError with all names, unless there are none.
 
-    Returns:
-        str: "a, b and 3 more."
+    Args:
+        checkpoint (str): the checkpoint, for the message.
+        missing, unexpected (list[str]): names that only the model or only the checkpoint has.
+        shapes (list[tuple]): names with their shapes in the checkpoint and in the model.
     """
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "") + "."
+    found = {
+        "missing from it": missing,
+        "in it but not in the model": unexpected,
+        "of another shape": [
+            f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
+            for name, theirs, ours in shapes
+            if theirs != ours
+        ],
+    }
+    complaints = [f"{len(n)} {what}: {join_names(n)}" for what, n in found.items() if n]
+    if complaints:
+        raise CheckpointError(
+            f"{checkpoint} does not fit the model of this config (another architecture or number "
+            f"of classes). {'; '.join(complaints)}."
+        )
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join up to 20 names for an error: "a, b and 3 more"."""
+    rest = len(names) - 20
+    return ", ".join(names[:20]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

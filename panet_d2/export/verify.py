@@ -1,4 +1,4 @@
-"""Whether an exported model finds what the model that it was made from finds."""
+"""Comparison of an exported model with the original."""
 
 from __future__ import annotations
 
@@ -15,44 +15,30 @@ from detectron2.data.transforms import ResizeShortestEdge
 from ..data import first_test_set, spread_evenly
 from ..errors import DataError
 
-__all__ = ["MAX_UNMATCHED", "TOLERANCES", "Agreement", "blank_images", "sample_images"]
-
-# How much an output of the same detection may differ: boxes and keypoints in pixels (a keypoint's
+# How much the outputs for one detection may differ: boxes and keypoints in pixels (a keypoint's
 # score by that share of it), scores and masks as probabilities.
 TOLERANCES = {"pred_boxes": 0.05, "scores": 1e-3, "pred_masks": 5e-3, "pred_keypoints": 0.05}
-
-# The share of the detections that one model may have and the other not. Whether a box suppresses
-# another is a yes or no, and where it is a close call, rounding decides. Below a hundred
-# detections this is none.
+# The share of detections that only one of the models may have, because rounding can decide whether
+# NMS keeps a box. For less than 100 detections this is none.
 MAX_UNMATCHED = 0.01
-
-# Sizes of the sample images, relative to those of testing.
+# Sizes of the sample images, relative to the size for testing.
 _SCALES = (1.0, 0.75, 0.5)
 
 
 @dataclass
 class Agreement:
-    """
-    How far an exported model agrees with its original over the images that both were given.
-
-    Attributes:
-        images (int): images that were compared.
-        empty_images (int): those of them in which the original finds nothing.
-        detections (int): what it finds in the others.
-        unmatched (int): detections that only one of the models has.
-        differences (dict[str, float]): for each of :data:`TOLERANCES` that the model puts out, the
-            largest difference between the same detection of both.
-    """
+    """How far an exported model and its original agree on the same images."""
 
     images: int = 0
-    empty_images: int = 0
-    detections: int = 0
-    unmatched: int = 0
+    empty_images: int = 0  # in which the original finds nothing
+    detections: int = 0  # of the original
+    unmatched: int = 0  # detections that only one of the models has
+    # The largest difference between matching detections, for each output in TOLERANCES.
     differences: Dict[str, float] = field(default_factory=dict)
 
     def add(self, expected: Dict[str, torch.Tensor], found: Dict[str, torch.Tensor]) -> None:
         """
-        Compare the detections of one image.
+        Compare the detections in one image.
 
         Args:
             expected, found (dict[str, Tensor]): the outputs of the original and of the exported
@@ -67,17 +53,14 @@ class Agreement:
         for name in TOLERANCES.keys() & expected.keys():
             apart = (expected[name][ours].double() - found[name][theirs].double()).abs()
             if name == "pred_keypoints":
-                # The third is a score, which has no upper bound.
+                # The third value is a score without an upper bound.
                 apart[..., 2] /= expected[name][ours, :, 2].abs().clamp(min=1)
             largest = apart.max().item() if apart.numel() else 0.0
-            # numpy's maximum keeps a nan, which max() may lose.
+            # Unlike max(), numpy's maximum keeps a NaN.
             self.differences[name] = float(np.maximum(self.differences.get(name, 0.0), largest))
 
     def complaint(self) -> str:
-        """
-        Returns:
-            str: what is not within the tolerances, or "" if all is.
-        """
+        """Return what is outside the tolerances, or ""."""
         complaints = []
         if self.unmatched > MAX_UNMATCHED * self.detections:
             complaints.append(
@@ -85,7 +68,7 @@ class Agreement:
                 f"{self.detections}"
             )
         for name, value in self.differences.items():
-            if not value <= TOLERANCES[name]:  # nor is a nan
+            if not value <= TOLERANCES[name]:  # true for NaN
                 complaints.append(f"{name} differ by {value:.2g}, more than {TOLERANCES[name]:g}")
         return "; ".join(complaints)
 
@@ -115,21 +98,19 @@ def _same_detections(
 
 def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> List[torch.Tensor]:
     """
-    Images to check an exported model with, of several sizes.
+    Load images of several sizes to check an exported model with.
 
     Args:
-        cfg (CfgNode): names their format and the size of testing.
-        files (sequence[str]): image files; if there are none, some of the first of
-            ``DATASETS.TEST``, evenly spread.
-        count (int): how many images to make at least. Where there are fewer files, they come
-            again, in another size.
+        cfg (CfgNode): the model's config.
+        files (sequence[str]): image files. Empty for a sample of the first of ``DATASETS.TEST``.
+        count (int): minimum number of images. Fewer files are repeated at other sizes.
 
     Returns:
         list[Tensor]: of shape (3, H, W), float32 from 0 to 255, in ``INPUT.FORMAT``. The first has
-        the size of testing, the next ones are smaller.
+        the size for testing, the next two are smaller.
 
     Raises:
-        ConfigError: if there are neither files nor a data set.
+        ConfigError: if there are neither files nor a dataset.
         DataError: if an image cannot be read.
     """
     if not files:
@@ -140,7 +121,7 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
         file = files[i % len(files)]
         try:
             image = read_image(file, format=cfg.INPUT.FORMAT)
-        except (OSError, SyntaxError) as e:  # the latter for some broken PNGs
+        except (OSError, SyntaxError) as e:  # SyntaxError for some broken PNGs
             raise DataError(f"cannot use image {file}: {e}") from e
         short = round(cfg.INPUT.MIN_SIZE_TEST * _SCALES[i % len(_SCALES)])
         resize = ResizeShortestEdge(short, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
@@ -150,14 +131,6 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
 
 
 def blank_images(mean: torch.Tensor) -> List[torch.Tensor]:
-    """
-    Images in which there should be nothing to find.
-
-    Args:
-        mean (Tensor): shape (3, 1, 1), the mean colour of the images.
-
-    Returns:
-        list[Tensor]: of shape (3, H, W): an even one of that colour, a black and a white one.
-    """
+    """Return three images (3, H, W): of the mean colour, a (3, 1, 1) tensor; black; and white."""
     size = (3, 96, 160)
     return [mean.expand(size).clone(), torch.zeros(size), torch.full(size, 255.0)]

@@ -12,43 +12,23 @@ from torch import nn
 
 from ..config import add_panet_config
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
-
-# The built package has the configs inside. A checkout has them at its top.
-_FOLDERS = (
-    Path(__file__).resolve().parent / "configs",
-    Path(__file__).resolve().parents[2] / "configs",
-)
+# An installed package has the configs inside, a checkout at its top.
+_HERE = Path(__file__).resolve()
+_FOLDERS = (_HERE.parent / "configs", _HERE.parents[2] / "configs")
 
 
 def get_checkpoint_url(config_path: str) -> NoReturn:
-    """
-    Where Detectron2's model zoo has the address of trained weights, this one says that there are
-    none.
-
-    Args:
-        config_path (str): see :func:`get_config_file`.
-
-    Raises:
-        RuntimeError: always.
-    """
+    """Raise a RuntimeError, because panet_d2 publishes no trained weights."""
     raise RuntimeError(
         f"Pretrained model for {config_path} is not available! panet_d2 publishes no trained "
-        "weights; tools/convert_weights.py converts those of others."
+        "weights; tools/convert_weights.py converts those of other projects."
     )
 
 
 def get_config_file(config_path: str) -> str:
     """
-    Args:
-        config_path (str): name of a config file relative to "configs/", e.g.
-            "COCO-InstanceSegmentation/panet_R_50_FPN_1x.yaml".
-
-    Returns:
-        str: the real path of the file.
-
-    Raises:
-        RuntimeError: if there is no such file.
+    Return the full path of a file in "configs/", such as
+    "COCO-InstanceSegmentation/panet_R_50_FPN_1x.yaml"; raise a RuntimeError if there is none.
     """
     for folder in _FOLDERS:
         if (folder / config_path).is_file():
@@ -60,16 +40,11 @@ def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictCo
     """
     Args:
         config_path (str): see :func:`get_config_file`.
-        trained (bool): as in Detectron2's model zoo, and refused, because no trained weights are
-            published. If False, ``MODEL.WEIGHTS`` (``train.init_checkpoint`` of a LazyConfig) is
-            the file's, usually a backbone trained on ImageNet.
+        trained (bool): True raises a RuntimeError, because there are no trained weights.
 
     Returns:
-        CfgNode or omegaconf.DictConfig: the config of a YAML file, with PANet's keys; or that of a
-        Python file.
-
-    Raises:
-        RuntimeError: if there is no such file, or ``trained`` is true.
+        CfgNode or omegaconf.DictConfig: the config of a YAML file, with PANet's keys, or the
+        LazyConfig of a Python file.
     """
     cfg_file = get_config_file(config_path)
     if trained:
@@ -84,32 +59,21 @@ def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictCo
 
 def get(config_path: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
     """
-    Build the model of a config and load the weights that it starts from, if it names any.
+    Build the model of a config, in training mode, and load the weights that the config names.
 
     Args:
-        config_path (str): see :func:`get_config_file`.
-        trained (bool): see :func:`get_config`.
-        device (str or None): overwrites the config's device. By default that is the config's, or
-            "cpu" where there is no CUDA.
-
-    Returns:
-        nn.Module: the model, in training mode.
-
-    Raises:
-        RuntimeError: see :func:`get_config`.
+        config_path, trained: see :func:`get_config`.
+        device (str or None): None for the config's device, or "cpu" if there is no CUDA.
     """
     cfg = get_config(config_path, trained)
     if device is None and not torch.cuda.is_available():
         device = "cpu"
     if isinstance(cfg, CfgNode):
-        if device is not None:
-            cfg.MODEL.DEVICE = device
-        model = build_model(cfg)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-        return model
-    model = instantiate(cfg.model)
-    if device is not None:
-        model = model.to(device)
-    if "train" in cfg and "init_checkpoint" in cfg.train:
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
+    else:
+        model = instantiate(cfg.model)
+        model = model if device is None else model.to(device)
+        weights = cfg.get("train", {}).get("init_checkpoint", "")
+    DetectionCheckpointer(model).load(weights)
     return model

@@ -149,13 +149,16 @@ def test_every_name_of_the_released_models(name, tmp_path):
         (lambda s: s.update({"Keypoint_Outs.weight": torch.zeros(1)}), "no rule fits 1.*Keypoint"),
         (
             lambda s: s.pop("Mask_Head.mask_conv1.2.0.weight"),
-            r"it has nothing for .*mask_pooler.adaptation_layers.weight\[2\]",
+            r"mask_pooler.adaptation_layers.weight\[2\] is missing from the checkpoint",
         ),
-        (lambda s: s.pop("Mask_Head.mask_conv1.3.0.weight"), "adaptation_layers.weight .*instead"),
-        (lambda s: s.pop("Mask_Head.mask_fc.0.bias"), "it has nothing for .*fc_fusion.fc.bias"),
+        (
+            lambda s: s.pop("Mask_Head.mask_conv1.3.0.weight"),
+            r"1 of another shape: .*adaptation_layers.weight \(checkpoint .*, model .*\)",
+        ),
+        (lambda s: s.pop("Mask_Head.mask_fc.0.bias"), "1 missing from it: .*fc_fusion.fc.bias"),
         (
             lambda s: s.update({"Box_Outs.cls_score.weight": torch.zeros(21, 1024)}),
-            r"number of classes.*cls_score.weight \(21, 1024\) instead of \(81, 1024\)",
+            r"of classes.*cls_score.weight \(checkpoint \(21, 1024\), model \(81, 1024\)\)",
         ),
     ],
 )

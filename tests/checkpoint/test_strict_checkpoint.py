@@ -105,12 +105,15 @@ def test_matching_heuristics(path):
     ],
 )
 def test_what_cannot_be_fetched(address):
-    with pytest.raises(CheckpointError, match="cannot get .*, which MODEL.WEIGHTS names: "):
+    with pytest.raises(
+        CheckpointError,
+        match=f"cannot get .{re.escape(address[:9])}.*, which MODEL.WEIGHTS.* names: ",
+    ):
         StrictCheckpointer(Model()).load(address)
 
 
 def test_no_checkpoint():
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
         StrictCheckpointer(Model()).load("")
-    with pytest.raises(CheckpointError, match="no file 'lost.pth', which MODEL.WEIGHTS"):
+    with pytest.raises(CheckpointError, match="'lost.pth', which MODEL.WEIGHTS.* no such file"):
         StrictCheckpointer(Model()).load("lost.pth")
