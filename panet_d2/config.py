@@ -90,9 +90,10 @@ def add_panet_config(cfg: CN) -> None:
     # Read every image of REGISTER_COCO's datasets before training starts, so that a broken one is
     # named then and not hours later.
     _C.DATASETS.CHECK_IMAGES = True
-    # Check every annotation of REGISTER_COCO's datasets when a run starts, in its main process. A
-    # file of more than 10,000 annotations that has passed is not checked again until the file
-    # changes. False leaves the check out; missing images and class counts are still reported.
+    # Check every annotation of the datasets in use when a run starts, in its main process. A file
+    # with 10,000 annotations or more that has passed is not checked again until the file changes:
+    # the cache folder (PANET_D2_CACHE) keeps a record. False leaves the check out. Missing images
+    # and class counts that do not match are still reported.
     _C.DATASETS.CHECK_ANNOTATIONS = True
 
     # Draw one of INPUT.MIN_SIZE_TRAIN for all images of a process's batch instead of one for each,
