@@ -23,10 +23,11 @@ WORKERS = "tests.engine.workers"
 
 def start(*command, **env):
     log = tempfile.TemporaryFile("w+")  # a pipe would be full before anyone reads it
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **env},
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -131,7 +132,9 @@ def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
         names, values = (printed[printed.index(f"Task: {task}") + i].split(",") for i in (1, 2))
         for name, value in zip(names, values):
             assert float(value) == pytest.approx(two[prefix + name], abs=1e-3, nan_ok=True), name
-    assert two["bbox/AP50"] > 0
+    # Not AP: after 30 steps it may be 0.
+    found = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert {detection["image_id"] for detection in found} == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 2), (2, 1)])

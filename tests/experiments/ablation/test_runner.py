@@ -147,13 +147,19 @@ def test_ctrl_c_starts_no_other_run(tmp_path, monkeypatch):
     assert started == [0]
 
 
+def heed_sigint():
+    """Programs that a shell starts in the background ignore it, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start_tool(tmp_path):
     """Start a program that trains, and wait for its training process."""
     tools = []
 
     def start(program):
-        tools.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT))
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        tools.append(subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_sigint))
         wait_for((tmp_path / "pid").exists)
         return tools[-1]
 
