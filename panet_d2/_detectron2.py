@@ -104,15 +104,7 @@ class HeadHooks(_ROIHeads):
         input_shape: Dict[str, ShapeSpec],
         branch: str,
     ) -> dict:
-        """
-        Args:
-            parent (callable): the heads' own method, from config and shapes to arguments.
-            cfg, input_shape: its arguments.
-            branch (str): "box", "mask" or "keypoint".
-
-        Returns:
-            dict: arguments for the constructor.
-        """
+        """Return the constructor's arguments for one branch: "box", "mask" or "keypoint"."""
         return parent(cfg, input_shape)
 
     @classmethod

@@ -41,10 +41,7 @@ def _neighbours(first, bin_size, bin, sample, extent, RATIO: tl.constexpr):
 
 @triton.jit
 def _corner(y, x, width, channels, CORNER: tl.constexpr):
-    """
-    Where one of the four pixels around a sample is, and its weight, from the neighbours along
-    both axes.
-    """
+    """Place and weight of one of the four pixels around a sample, from both axes' neighbours."""
     at_y, y_weight = y[CORNER // 2], y[2 + CORNER // 2]
     at_x, x_weight = x[CORNER % 2], x[2 + CORNER % 2]
     return (at_y.to(tl.int64) * width + at_x) * channels, y_weight * x_weight

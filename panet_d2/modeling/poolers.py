@@ -253,13 +253,7 @@ class AdaptiveROIPooler(ROIPooler):
 
 
 def adaptive_poolers(roi_heads: nn.Module) -> Dict[str, AdaptiveROIPooler]:
-    """
-    Args:
-        roi_heads (nn.Module): any ROI heads.
-
-    Returns:
-        dict[str, AdaptiveROIPooler]: its poolers that have adaptation layers, by name.
-    """
+    """Return the poolers of any ROI heads that have adaptation layers, by name."""
     return {
         name: module
         for name, module in roi_heads.named_children()

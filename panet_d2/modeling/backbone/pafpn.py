@@ -201,14 +201,8 @@ def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: s
 @BACKBONE_REGISTRY.register()
 def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
     """
-    Build ResNet, FPN and the bottom-up path, with N6 max-pooled from N5 for the RPN.
-
-    Args:
-        cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
-        input_shape (ShapeSpec): shape of the images.
-
-    Raises:
-        ConfigError: see :meth:`PAFPN.from_config`.
+    Build ResNet, FPN and the bottom-up path, with N6 max-pooled from N5 for the RPN. Errors: see
+    :meth:`PAFPN.from_config`.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     top_block = LastLevelMaxPool()
@@ -223,14 +217,8 @@ def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PAFPN:
     """
-    Build ResNet, FPN and the bottom-up path, with RetinaNet's P6 and P7 made from res5.
-
-    Args:
-        cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
-        input_shape (ShapeSpec): shape of the images.
-
-    Raises:
-        ConfigError: see :meth:`PAFPN.from_config`.
+    Build ResNet, FPN and the bottom-up path, with RetinaNet's P6 and P7 made from res5. Errors: see
+    :meth:`PAFPN.from_config`.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     outputs, in_features = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
