@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """
-What holds a trained model back: how many objects its proposals, boxes, masks and classes lose, its
-mask AP with the boxes and classes of the truth, where only masks can be wrong, and with those that
-another run detects, and how much of its box head is dead.
+Show where a trained model loses objects: in proposals, boxes, masks or classes. Also print its mask
+AP with ground-truth boxes, its mask AP with the boxes of another run, and the share of dead units
+in its box head.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panet_d2 import cli
+from panet_d2.analysis import dead_units, detection_stages, evaluate_boxes_of, evaluate_true_boxes
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
-from panet_d2.evaluation import (
-    dead_units,
-    detection_stages,
-    evaluate_boxes_of,
-    evaluate_true_boxes,
-)
 
 
 def print_ap(ap: Dict[str, float]) -> None:
@@ -34,11 +29,11 @@ def print_ap(ap: Dict[str, float]) -> None:
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config.yaml of a run")
-    parser.add_argument("--number", type=int, default=12, help="of images whose proposals count")
+    parser.add_argument("--number", type=int, default=12, help="images for the share of dead units")
     parser.add_argument(
         "--boxes-of",
         metavar="CONFIG",
-        help="config.yaml of another run on the same data, whose boxes this one puts its masks in",
+        help="config.yaml of another run on the same data; its boxes are given to this run's masks",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
@@ -52,8 +47,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
             f"all proposals of {len(records)} images of {name}"
         )
-    print(f"objects of {name} that are overlapped by half, in percent: by a proposal, then by")
-    print("what is detected, with its box, its mask, and with the right class as well")
+    print(f"recall of the objects of {name} at IoU 0.5, in percent:")
     stages = detection_stages(cfg, model, name)
     rows = [
         [stage, *(f"{v:.1f}" if v == v else "-" for v in shares.values())]
@@ -61,11 +55,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     ]
     print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
     if cfg.MODEL.MASK_ON:
-        print(f"mask AP with the boxes and classes of the truth, all of {name}:")
+        print(f"mask AP on {name} with ground-truth boxes and classes:")
         print_ap(evaluate_true_boxes(cfg, model, name))
     if args.boxes_of:
         other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
-        print(f"mask AP with what {args.boxes_of} detects:")
+        print(f"mask AP on {name} with the boxes, classes and scores of {args.boxes_of}:")
         print_ap(evaluate_boxes_of(cfg, model, other, name))
 
 

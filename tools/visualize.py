@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures that show what a model does; each sub-command writes PNGs into a folder."""
+"""Draw what a model predicts and how it was trained. Each command writes PNGs into a folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panet_d2 import cli
-from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
-from panet_d2.engine import load_run, setup_config
-from panet_d2.errors import ConfigError, DataError
-from panet_d2.evaluation import (
+from panet_d2.analysis import (
     annotation_mask,
     average_precision,
-    detection_limit,
     draw_comparison,
     draw_mask_paths,
     ground_truth,
-    inference_folder,
     level_shares,
     mask_paths,
     match_predictions,
@@ -41,34 +36,41 @@ from panet_d2.evaluation import (
     precision_recall,
     read_history,
 )
+from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
+from panet_d2.engine import load_run, setup_config
+from panet_d2.errors import ConfigError, DataError
+from panet_d2.evaluation import detection_limit, inference_folder
 
-RESULTS = "coco_instances_results.json"  # as Detectron2's evaluator calls it
+RESULTS = "coco_instances_results.json"  # the file name of Detectron2's evaluator
 
 
-def predictions(args: argparse.Namespace) -> int:
-    """Draw the predictions of an evaluation beside the ground truth, the worst images first."""
+def write_png(path: str, image: np.ndarray) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not cv2.imwrite(path, image[:, :, ::-1]):
+        raise DataError(f"cannot write {path}")
+
+
+def predictions(args: argparse.Namespace) -> None:
+    """Draw the predictions of an evaluation beside the ground truth, worst images first."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     name = first_test_set(cfg)
     results_file = args.results or os.path.join(inference_folder(cfg, name), RESULTS)
     if not os.path.isfile(results_file):
-        raise DataError(f"there are no results {results_file}; train_net.py --eval-only makes them")
+        raise DataError(f"{results_file} does not exist; train_net.py --eval-only writes it.")
     coco, metadata = ground_truth(name), MetadataCatalog.get(name)
     with open(results_file) as f:
         results = json.load(f)
 
     matches = match_predictions(coco, results, args.score_threshold)
     worst_first = sorted(matches, key=lambda i: -matches[i].error_rate)
-    # Evenly from the worst to the best, so that a few pictures give a fair impression.
+    # Bad, average and good images, so that a few pictures are representative.
     chosen = spread_evenly(worst_first, args.number)
-    os.makedirs(args.output, exist_ok=True)
     for rank, image_id in enumerate(tqdm(chosen, desc="pictures", unit="image")):
         record = coco.loadImgs([image_id])[0]
         image = read_image(os.path.join(metadata.image_root, record["file_name"]), "RGB")
         picture = draw_comparison(image, coco.imgToAnns[image_id], matches[image_id], coco)
         stem = os.path.splitext(os.path.basename(record["file_name"]))[0]
-        path = os.path.join(args.output, f"{rank:03d}_{stem}.png")
-        if not cv2.imwrite(path, picture[:, :, ::-1]):
-            raise DataError(f"cannot write {path}")
+        write_png(os.path.join(args.output, f"{rank:03d}_{stem}.png"), picture)
 
     print(f"{len(chosen)} pictures of {name}, worst first: {args.output}")
     limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
@@ -76,24 +78,25 @@ def predictions(args: argparse.Namespace) -> int:
     for kind, iou_type in (("box", "bbox"), ("mask", "segm"))[: 1 + has_masks]:
         ap = average_precision(coco, results, iou_type, limit)
         print(f"{kind:>4} " + "  ".join(f"{key} {value:.1f}" for key, value in ap.items()))
-    return 0
 
 
 def test_images(cfg: CfgNode, count: int) -> List[dict]:
-    """Some of the images of the first test set, evenly spread, in Detectron2's format."""
+    """Records of the first test set, evenly spread, in Detectron2's dataset format."""
     records = get_detection_dataset_dicts([first_test_set(cfg)], filter_empty=False)
     return spread_evenly(records, count)
 
 
-def levels(args: argparse.Namespace) -> int:
-    """Plot which pyramid level gives the features that max fusion keeps, over a data set."""
+def levels(args: argparse.Namespace) -> None:
+    """Plot from which pyramid level max fusion takes the features of a dataset."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     dicts = test_images(cfg, args.number)
     inputs = ([mapper(record)] for record in tqdm(dicts, desc="images", unit="image"))
     shares = level_shares(model, inputs)
     if not shares:
-        raise ConfigError("AFP.ENABLED and AFP.FUSION: no pooler of the model fuses by 'max'.")
+        raise ConfigError(
+            "no pooler fuses by 'max'; set AFP.ENABLED to True and AFP.FUSION to max."
+        )
     names = [f.upper().replace("P", "N") for f in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     os.makedirs(args.output, exist_ok=True)
     path = os.path.join(args.output, "levels.png")
@@ -105,11 +108,10 @@ def levels(args: argparse.Namespace) -> int:
         ]
         print(tabulate(rows, headers), end="\n\n")
     print(f"written: {path}")
-    return 0
 
 
-def masks(args: argparse.Namespace) -> int:
-    """Draw the masks of both paths of the mask head, for objects of all sizes and their boxes."""
+def masks(args: argparse.Namespace) -> None:
+    """Draw the masks of both paths of the mask head for ground-truth boxes of all sizes."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     objects = [
@@ -120,7 +122,7 @@ def masks(args: argparse.Namespace) -> int:
     ]
     objects.sort(key=lambda o: o[1]["bbox"][2] * o[1]["bbox"][3])
     if not objects:
-        raise DataError(f"{first_test_set(cfg)} has no objects.")
+        raise DataError(f"dataset {first_test_set(cfg)} has no objects.")
     count = min(args.number, len(objects))
     drawn = []
     for i in range(count):
@@ -134,19 +136,15 @@ def masks(args: argparse.Namespace) -> int:
         fcn, fc = mask_paths(model, inputs, boxes, classes)
         x0, y0 = (max(int(v), 0) for v in box[:2])
         x1, y1 = (ceil(v) for v in box[2:])
-        truth = annotation_mask(annotation, image.shape[:2])
-        drawn.append((image[y0:y1, x0:x1], truth[y0:y1, x0:x1], fcn[0], fc[0]))
-    picture = draw_mask_paths(*zip(*drawn))
-    os.makedirs(args.output, exist_ok=True)
+        mask = annotation_mask(annotation, image.shape[:2])
+        drawn.append((image[y0:y1, x0:x1], mask[y0:y1, x0:x1], fcn[0], fc[0]))
     path = os.path.join(args.output, "masks.png")
-    if not cv2.imwrite(path, picture[:, :, ::-1]):
-        raise DataError(f"cannot write {path}")
+    write_png(path, draw_mask_paths(*zip(*drawn)))
     print(f"{count} objects: {path}")
-    return 0
 
 
-def _precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
-    """Precision by recall of a run, on the first of its data sets, if it was evaluated on one."""
+def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
+    """Precision by recall of a run on its first test set, or None without an evaluation."""
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         return None
@@ -154,11 +152,11 @@ def _precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     if not cfg.DATASETS.TEST:
         return None
     name = cfg.DATASETS.TEST[0]
-    # The folder may have been moved since.
-    found = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
-    if not os.path.isfile(found):
+    # Not OUTPUT_DIR, because the folder may have been moved.
+    path = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
+    if not os.path.isfile(path):
         return None
-    with open(found) as f:
+    with open(path) as f:
         results = json.load(f)
     if not results:
         return None
@@ -167,8 +165,8 @@ def _precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     return precision_recall(ground_truth(name), results, kind, limit)
 
 
-def curves(args: argparse.Namespace) -> int:
-    """Plot losses and AP by step, and precision by recall, of one or several output folders."""
+def curves(args: argparse.Namespace) -> None:
+    """Plot losses and AP by step, and precision by recall, of one or several runs."""
     runs, precisions = {}, {}
     names = [os.path.basename(os.path.normpath(folder)) for folder in args.runs]
     if len(set(names)) < len(names):
@@ -176,9 +174,9 @@ def curves(args: argparse.Namespace) -> int:
     for name, folder in zip(names, args.runs):
         metrics = os.path.join(folder, "metrics.json")
         if not os.path.isfile(metrics):
-            raise DataError(f"{folder} is not the output folder of a run: it has no metrics.json.")
+            raise DataError(f"{folder} is not the output folder of a run: metrics.json is missing.")
         runs[name] = read_history(metrics)
-        precision = _precision(folder)
+        precision = run_precision(folder)
         if precision:
             precisions[name] = precision
     os.makedirs(args.output, exist_ok=True)
@@ -188,36 +186,35 @@ def curves(args: argparse.Namespace) -> int:
         path = os.path.join(args.output, "precision_recall.png")
         plot_precision_recall(precisions, path)
         print(f"written: {path}, at IoU 0.5")
-    return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("predictions", help=predictions.__doc__)
     sub.add_argument("--config-file", required=True, help="YAML file, or config.yaml of a run")
-    sub.add_argument("--results", help="COCO results; those in OUTPUT_DIR/inference by default")
-    sub.add_argument("--output", required=True, help="folder for the pictures")
-    sub.add_argument("--number", type=int, default=12, help="how many images")
+    sub.add_argument("--results", help="COCO results file; default: that in OUTPUT_DIR/inference")
+    sub.add_argument("--output", required=True, help="folder for the PNGs")
+    sub.add_argument("--number", type=int, default=12, help="number of images")
     sub.add_argument("--score-threshold", type=float, default=0.5)
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     sub.set_defaults(run=predictions)
     for command, run, number in (("levels", levels, 100), ("masks", masks, 8)):
         sub = commands.add_parser(command, help=run.__doc__)
         sub.add_argument("--config-file", required=True, help="config.yaml of a run")
-        sub.add_argument("--output", required=True, help="folder for the picture")
+        sub.add_argument("--output", required=True, help="folder for the PNG")
         what = "images" if command == "levels" else "objects"
-        sub.add_argument("--number", type=int, default=number, help=f"how many {what}")
+        sub.add_argument("--number", type=int, default=number, help=f"number of {what}")
         if command == "masks":
-            sub.add_argument("--images", type=int, default=20, help="to take the objects from")
+            sub.add_argument("--images", type=int, default=20, help="images that have the objects")
         sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
         sub.set_defaults(run=run)
     sub = commands.add_parser("curves", help=curves.__doc__)
     sub.add_argument("runs", nargs="+", help="output folders")
-    sub.add_argument("--output", required=True, help="folder for the pictures")
+    sub.add_argument("--output", required=True, help="folder for the PNGs")
     sub.set_defaults(run=curves)
     args = parser.parse_args(argv)
-    return args.run(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

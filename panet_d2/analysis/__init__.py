@@ -16,12 +16,7 @@ from .matching import (
     precision_recall,
 )
 from .pictures import annotation_mask, draw_comparison
-from .plots import (
-    draw_mask_paths,
-    plot_level_shares,
-    plot_precision_recall,
-    plot_training,
-)
+from .plots import draw_mask_paths, plot_level_shares, plot_precision_recall, plot_training
 
 __all__ = [
     "ImageMatch",

@@ -9,12 +9,13 @@ from typing import Callable, Dict, Iterable, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..data import NamedImageMapper
@@ -23,18 +24,9 @@ from ..evaluation import detection_limit
 from ..modeling import PANetMaskHead, adaptive_poolers
 from .matching import ground_truth, object_recall
 
-__all__ = [
-    "dead_units",
-    "detection_stages",
-    "evaluate_boxes_of",
-    "evaluate_true_boxes",
-    "level_shares",
-    "mask_paths",
-]
-
 
 def _roi_heads(model: nn.Module) -> nn.Module:
-    """The model's ROI heads; a module with nothing in it where there are none, as in RetinaNet."""
+    """The model's ROI heads, or an empty module for a model without, such as RetinaNet."""
     return getattr(model, "roi_heads", None) or nn.Module()
 
 
@@ -43,19 +35,18 @@ def level_shares(
     model: GeneralizedRCNN, inputs: Iterable[List[dict]], proposals: int = 100
 ) -> Dict[str, torch.Tensor]:
     """
-    Which level gives the features that the maximum over levels keeps; the paper's figure 3.
+    Count from which level max fusion takes each feature (figure 3 of the paper).
 
     Args:
         model (GeneralizedRCNN): a PANet whose poolers fuse by "max".
-        inputs (iterable[list[dict]]): batches of images, as the model takes them for inference.
-        proposals (int): how many of an image count, those of the highest objectness.
+        inputs (iterable[list[dict]]): batches of images, the model's input at inference.
+        proposals (int): number of proposals of each image, by falling objectness.
 
     Returns:
-        dict[str, Tensor]: for each pooler of :func:`adaptive_poolers`, of shape (L, L + 1): for
-        proposals that FPN's rule would send to level i, in row i, the share of features that come
-        from each level, which sum up to 1 (or are nan where there are no such proposals); and in
-        the last column how many proposals these were. Features that are 0 on all levels come from
-        none and do not count.
+        dict[str, Tensor]: a table of shape (L, L + 1) for each pooler with max fusion, by its name
+        in :func:`adaptive_poolers`. Row i is for the proposals that FPN assigns to level i: the
+        share of features from each level, then the number of proposals. Shares add up to 1; they
+        are NaN without proposals. Features that are 0 on all levels are not counted.
     """
     poolers = {n: p for n, p in adaptive_poolers(_roi_heads(model)).items() if p.fusion == "max"}
     if not poolers:
@@ -70,12 +61,11 @@ def level_shares(
         maps = [features[f] for f in model.roi_heads.in_features]
         for name, pooler in poolers.items():
             levels = pooler.adapt(pooler.pool_levels(maps, boxes)).flatten(2)  # (L, M, ...)
-            home = pooler.fpn_levels(boxes).cpu()
+            home = pooler.fpn_levels(boxes)
             value, winner = levels.max(dim=0)
-            for level in range(len(levels)):
-                wins = ((winner == level) & (value > 0)).sum(dim=1).float().cpu()
-                counts[name][:, level].index_add_(0, home, wins)
-            counts[name][:, -1] += torch.bincount(home, minlength=len(levels))
+            wins = [((winner == i) & (value > 0)).sum(dim=1) for i in range(len(levels))]
+            rows = torch.stack([*wins, torch.ones_like(home)], dim=1)
+            counts[name].index_add_(0, home.cpu(), rows.float().cpu())
     for table in counts.values():
         table[:, :-1] /= table[:, :-1].sum(dim=1, keepdim=True)
     return counts
@@ -86,17 +76,17 @@ def mask_paths(
     model: GeneralizedRCNN, image: dict, boxes: torch.Tensor, classes: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    The mask logits of both paths of the mask head for given boxes.
+    Compute the mask logits of both paths of the mask head for given boxes.
 
     Args:
         model (GeneralizedRCNN): with a :class:`PANetMaskHead` that has fully-connected fusion.
-        image (dict): one image, as the model takes it for inference.
+        image (dict): one image, the model's input at inference.
         boxes (Tensor): shape (M, 4), x0, y0, x1, y1 in pixels of ``image["image"]``.
-        classes (Tensor): shape (M,), index of each box's class.
+        classes (Tensor): shape (M,), class index of each box.
 
     Returns:
-        tuple[Tensor, Tensor]: the FCN path's logits and the fully-connected path's, each of shape
-        (M, S, S). Their sum is what the model predicts.
+        tuple[Tensor, Tensor]: logits of the FCN path and of the fully-connected path, each of shape
+        (M, S, S). The model predicts their sum.
 
     Raises:
         ConfigError: if the model has no fully-connected path.
@@ -111,35 +101,32 @@ def mask_paths(
     features = model.backbone(model.preprocess_image([image]).tensor)
     maps = [features[f] for f in model.roi_heads.mask_in_features]
     fcn, fc = head.forward_paths(model.roi_heads.mask_pooler(maps, [Boxes(boxes)]))
-    if fcn.shape[1] > 1:
-        fcn = fcn[torch.arange(len(fcn)), classes]
-    else:  # class-agnostic
-        fcn = fcn[:, 0]
-    return fcn, fc[:, 0]
+    class_agnostic = fcn.shape[1] == 1
+    return fcn[torch.arange(len(fcn)), 0 if class_agnostic else classes], fc[:, 0]
 
 
 @torch.no_grad()
 def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str, torch.Tensor]:
     """
-    Which outputs of the box head are zero for every proposal. Behind a ReLU such a unit has no
-    gradient, so that it is not trained either.
+    Find outputs of the box head that are zero for every proposal. After a ReLU, such a unit has no
+    gradient and is not trained.
 
     Args:
-        model (GeneralizedRCNN): with one or several box heads of Detectron2's kind.
-        inputs (iterable[list[dict]]): batches of images, as the model takes them for inference.
+        model (GeneralizedRCNN): with :class:`FastRCNNConvFCHead` box heads, one or a cascade.
+        inputs (iterable[list[dict]]): batches of images, the model's input at inference.
 
     Returns:
-        dict[str, Tensor]: by the name of each box head, bool, of the shape of its output for one
-        proposal.
+        dict[str, Tensor]: a bool tensor for each box head, by its name. The shape is that of the
+        head's output for one proposal.
 
     Raises:
-        ConfigError: if the model has no box head that ends with a ReLU.
+        ConfigError: if the model has no box head of this class.
     """
     modules = _roi_heads(model).named_modules()
     heads = {n: m for n, m in modules if isinstance(m, FastRCNNConvFCHead)}
     if not heads:
         raise ConfigError(
-            "the model has no box head of the FastRCNNConvFCHead kind (MODEL.ROI_BOX_HEAD.NAME)."
+            "the model has no box head of the class FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)."
         )
     alive: Dict[str, torch.Tensor] = {}
 
@@ -147,14 +134,12 @@ def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str
         seen = (output > 0).any(dim=0)
         alive[name] = alive.get(name, seen) | seen
 
-    hooks = [head.register_forward_hook(partial(see, name)) for name, head in heads.items()]
     model.eval()
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, head in heads.items():
+            hooks.enter_context(head.register_forward_hook(partial(see, name)))
         for batch in inputs:
             model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: ~seen for name, seen in alive.items()}
 
 
@@ -162,13 +147,13 @@ def evaluate_true_boxes(
     cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str
 ) -> Dict[str, float]:
     """
-    Mask AP where all boxes and classes are those of the truth and all scores are 1: what is wrong
-    are masks alone.
+    Compute the mask AP with ground-truth boxes and classes and scores of 1, so that only the masks
+    can be wrong.
 
     Args:
-        cfg (CfgNode): how images are resized.
-        model (GeneralizedRCNN): predicts masks.
-        dataset_name (str): a registered data set with masks, evaluated as COCO is.
+        cfg (CfgNode): how images are resized and loaded.
+        model (GeneralizedRCNN): predicts the masks.
+        dataset_name (str): a registered dataset in COCO format, with masks.
 
     Returns:
         dict[str, float]: AP, AP50, AP75, APs, APm, APl, and the AP of each class, in percent.
@@ -178,28 +163,24 @@ def evaluate_true_boxes(
         DataError: if the dataset has no objects.
     """
     _check_masks(model)
+    keys = ("bbox", "bbox_mode", "category_id")  # without masks, which need not be converted
     objects = {
-        record["image_id"]: [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-        for record in get_detection_dataset_dicts([dataset_name], filter_empty=False)
+        record["image_id"]: [
+            {key: a[key] for key in keys} for a in record["annotations"] if not a.get("iscrowd", 0)
+        ]
+        for record in DatasetCatalog.get(dataset_name)
     }
     most = max(map(len, objects.values()), default=0)
     if not most:
         raise DataError(f"dataset {dataset_name!r} has no objects.")
 
     def true_boxes(image: dict) -> Instances:
-        annotations = objects[image["image_id"]]
-        height, width = image["image"].shape[1:]
-        corners = [
-            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-        ]
-        boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
-        boxes.scale(width / image["width"], height / image["height"])
-        return Instances(
-            (height, width),
-            pred_boxes=boxes,
-            pred_classes=torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
-            scores=torch.ones(len(annotations)),
-        )
+        size = height, width = image["image"].shape[1:]
+        target = annotations_to_instances(objects[image["image_id"]], size)
+        target.gt_boxes.scale(width / image["width"], height / image["height"])
+        found = Instances(size, pred_boxes=target.gt_boxes, pred_classes=target.gt_classes)
+        found.scores = torch.ones(len(target))
+        return found
 
     return _evaluate_masks(cfg, model, dataset_name, true_boxes, most)
 
@@ -208,21 +189,20 @@ def evaluate_boxes_of(
     cfg: CfgNode, model: GeneralizedRCNN, other: GeneralizedRCNN, dataset_name: str
 ) -> Dict[str, float]:
     """
-    Mask AP with the boxes, classes and scores that another model detects. Two models each in the
-    boxes of the other say which of them has the better boxes, and which the better masks.
+    Compute the mask AP with the boxes, classes and scores of another model. Exchange the boxes of
+    two models to see which has the better boxes and which the better masks.
 
     Args:
-        cfg (CfgNode): how images are resized, for both, and how many detections count.
-        model (GeneralizedRCNN): predicts the masks.
-        other (GeneralizedRCNN): detects.
-        dataset_name (str): a registered data set with masks, evaluated as COCO is.
+        cfg, model, dataset_name: see :func:`evaluate_true_boxes`. ``TEST.DETECTIONS_PER_IMAGE`` is
+            the number of detections that are evaluated.
+        other (GeneralizedRCNN): predicts boxes, classes and scores.
 
     Returns:
-        dict[str, float]: as of :func:`evaluate_true_boxes`.
+        dict[str, float]: see :func:`evaluate_true_boxes`.
 
     Raises:
-        ConfigError: if the model predicts no masks, or the other model has other classes or no
-            ROI heads.
+        ConfigError: if the model predicts no masks, or the other model has no ROI heads or another
+            number of classes.
     """
     _check_masks(model)
     ours, theirs = (getattr(_roi_heads(m), "num_classes", None) for m in (model, other))
@@ -236,13 +216,7 @@ def evaluate_boxes_of(
     other.eval()
 
     def detected(image: dict) -> Instances:
-        (found,) = GeneralizedRCNN.inference(other, [image], do_postprocess=False)
-        return Instances(
-            found.image_size,
-            pred_boxes=found.pred_boxes,
-            pred_classes=found.pred_classes,
-            scores=found.scores,
-        )
+        return GeneralizedRCNN.inference(other, [image], do_postprocess=False)[0]
 
     return _evaluate_masks(cfg, model, dataset_name, detected, cfg.TEST.DETECTIONS_PER_IMAGE)
 
@@ -252,30 +226,22 @@ def _check_masks(model: nn.Module) -> None:
         raise ConfigError("MODEL.MASK_ON is False: the model predicts no masks.")
 
 
-@torch.no_grad()
 def _evaluate_masks(
-    cfg: CfgNode,
-    model: GeneralizedRCNN,
-    dataset_name: str,
-    given: Callable[[dict], Instances],
-    most: int,
+    cfg: CfgNode, model: GeneralizedRCNN, name: str, given: Callable[[dict], Instances], most: int
 ) -> Dict[str, float]:
-    """Mask AP in boxes that are given for each image, ``most`` at most, in pixels of the input."""
-    mapper = NamedImageMapper(cfg, False)
-    evaluator = COCOEvaluator(
-        dataset_name,
-        ("segm",),
-        distributed=False,
-        max_dets_per_image=detection_limit(most),
-    )
-    evaluator.reset()
+    """Mask AP in boxes that are given for each input image, ``most`` at most."""
+
+    def predict(batch: List[dict]) -> List[dict]:
+        # Not model.inference, because that of a PanopticFPN takes no boxes.
+        return GeneralizedRCNN.inference(model, batch, [given(image) for image in batch])
+
     model.eval()
-    for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
-        image = mapper(record)
-        # A panoptic model's own method takes no boxes.
-        evaluator.process([image], GeneralizedRCNN.inference(model, [image], [given(image)]))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
-        return dict(evaluator.evaluate()["segm"])
+    loader = build_detection_test_loader(cfg, name, mapper=NamedImageMapper(cfg, False))
+    evaluator = COCOEvaluator(
+        name, ("segm",), distributed=False, max_dets_per_image=detection_limit(most)
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dict(inference_on_dataset(predict, loader, evaluator)["segm"])
 
 
 @torch.no_grad()
@@ -283,62 +249,50 @@ def detection_stages(
     cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str, iou_threshold: float = 0.5
 ) -> Dict[str, Dict[str, float]]:
     """
-    How far objects come through the model. A row that is far below the one above it is of the
-    part that loses them; what is lost in AP although the last row is high is lost by false
-    positives and by scores.
+    Compute the recall of objects after each stage of the model. A stage whose recall is far below
+    the one before loses objects. If the last recall is high and the AP is low, the causes are
+    false positives and scores.
 
     Args:
-        cfg (CfgNode): how images are resized.
+        cfg (CfgNode): how images are resized and loaded.
         model (GeneralizedRCNN): has a proposal generator.
-        dataset_name (str): a registered data set in COCO format.
-        iou_threshold (float): overlap from which an object counts as found.
+        dataset_name (str): a registered dataset in COCO format.
+        iou_threshold (float): the lowest IoU of a match.
 
     Returns:
-        dict[str, dict[str, float]]: see :func:`object_recall`; of what the "proposals" overlap, of
-        what detected "boxes" of any class do, if the model predicts masks of what these
-        "masks" do, and with "classes" of what the last of these do with the right class.
+        dict[str, dict[str, float]]: the result of :func:`object_recall` for "proposals", for
+        "boxes" of any class, for "masks" of any class if the model predicts masks, and for
+        "classes": the masks, or else the boxes, with the right class.
 
     Raises:
         ConfigError: if the model makes no proposals.
     """
     if getattr(model, "proposal_generator", None) is None:
-        raise ConfigError(
-            "the model makes no proposals of its own (MODEL.PROPOSAL_GENERATOR.NAME)."
-        )
-    mapper = NamedImageMapper(cfg, False)
+        raise ConfigError("the model makes no proposals (MODEL.PROPOSAL_GENERATOR.NAME).")
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=NamedImageMapper(cfg, False))
     coco = ground_truth(dataset_name)
     contiguous = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     category_ids = {ours: theirs for theirs, ours in contiguous.items()}
     proposed: List[dict] = []
     detected: List[dict] = []
-    seen: List[Instances] = []
-    hook = model.proposal_generator.register_forward_hook(
-        lambda module, args, output: seen.extend(output[0])
-    )
+    seen: List[Instances] = []  # the proposals of the last image
     model.eval()
-    try:
-        for record in get_detection_dataset_dicts([dataset_name], filter_empty=False):
-            instances = model([mapper(record)])[0]["instances"].to("cpu")
-            detected += instances_to_coco_json(instances, record["image_id"])
-            proposals = seen.pop().to("cpu")
-            height, width = proposals.image_size
-            proposals.pred_boxes = proposals.proposal_boxes
-            proposals.pred_boxes.scale(record["width"] / width, record["height"] / height)
-            proposals.scores = proposals.objectness_logits
-            proposals.pred_classes = torch.zeros(len(proposals), dtype=torch.int64)
-            proposed += instances_to_coco_json(proposals, record["image_id"])
-    finally:
-        hook.remove()
+    with model.proposal_generator.register_forward_hook(
+        lambda module, args, output: seen.extend(output[0])
+    ):
+        for (image,) in loader:
+            instances = model([image])[0]["instances"].to("cpu")
+            detected += instances_to_coco_json(instances, image["image_id"])
+            found = detector_postprocess(seen.pop().to("cpu"), image["height"], image["width"])
+            found.pred_boxes, found.scores = found.proposal_boxes, found.objectness_logits
+            found.pred_classes = torch.zeros(len(found), dtype=torch.int64)
+            proposed += instances_to_coco_json(found, image["image_id"])
     for result in (*proposed, *detected):
         result["category_id"] = category_ids[result["category_id"]]
     recall = partial(object_recall, coco, iou_threshold=iou_threshold)
-    stages = {
-        "proposals": recall(proposed, "bbox", use_categories=False),
-        "boxes": recall(detected, "bbox", use_categories=False),
-    }
-    last = "bbox"
-    if getattr(_roi_heads(model), "mask_on", False):
-        last = "segm"
-        stages["masks"] = recall(detected, last, use_categories=False)
-    stages["classes"] = recall(detected, last)
-    return stages
+    any_class = partial(recall, use_categories=False)
+    stages = {"proposals": any_class(proposed, "bbox"), "boxes": any_class(detected, "bbox")}
+    has_masks = getattr(_roi_heads(model), "mask_on", False)
+    if has_masks:
+        stages["masks"] = any_class(detected, "segm")
+    return {**stages, "classes": recall(detected, "segm" if has_masks else "bbox")}

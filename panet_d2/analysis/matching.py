@@ -1,11 +1,11 @@
-"""Which predictions found which objects, image by image, from COCO results."""
+"""Match COCO results with the ground truth and count what is found."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from dataclasses import dataclass, field
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,64 +14,36 @@ from pycocotools.cocoeval import COCOeval
 
 from ..errors import DataError
 
-__all__ = [
-    "ImageMatch",
-    "average_precision",
-    "ground_truth",
-    "match_predictions",
-    "object_recall",
-    "precision_recall",
-]
-
 
 @dataclass
 class ImageMatch:
-    """
-    The predictions and objects of one image. Predictions are COCO results, objects COCO
-    annotations, both as dicts.
-    """
+    """Matches of one image. Predictions are COCO results, objects are COCO annotations."""
 
     found: List[dict] = field(default_factory=list)  # predictions that match an object
-    objects: List[dict] = field(default_factory=list)  # the objects that these match, in order
-    false_positives: List[dict] = field(default_factory=list)  # predictions that match none
-    missed: List[dict] = field(default_factory=list)  # objects that no prediction matches
+    objects: List[dict] = field(default_factory=list)  # the objects of ``found``, in its order
+    false_positives: List[dict] = field(default_factory=list)  # predictions without an object
+    missed: List[dict] = field(default_factory=list)  # objects without a prediction
 
     @property
     def error_rate(self) -> float:
-        """Share of what is wrong among all that is there: 0 for a perfect image, at most 1."""
+        """False positives and missed objects as a share of all entries: 0 is perfect, 1 worst."""
         wrong = len(self.false_positives) + len(self.missed)
         return wrong / max(wrong + len(self.found), 1)
 
 
 def ground_truth(name: str) -> COCO:
     """
-    Args:
-        name (str): a registered data set in COCO format.
-
-    Returns:
-        COCO: its annotations.
+    Load the ground truth of a registered dataset.
 
     Raises:
-        DataError: if it is in another format.
+        DataError: if the dataset is not in COCO format.
     """
-    DatasetCatalog.get(name)  # a data set that is generated is made here
+    DatasetCatalog.get(name)  # creates a dataset that is generated on first use
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is None:
-        raise DataError(f"the data set {name} has no annotation file in COCO's format.")
+        raise DataError(f"dataset {name!r} has no annotation file in COCO format.")
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(json_file)
-
-
-def _evaluate(coco: COCO, results: List[dict], iou_type: str, max_detections: int) -> COCOeval:
-    unknown = {result["image_id"] for result in results} - set(coco.getImgIds())
-    if unknown:
-        raise DataError(
-            f"the results are of images that the data set does not have, such as {min(unknown)}."
-        )
-    found = coco.loadRes(results) if results else COCO()  # which cannot load an empty list
-    evaluator = COCOeval(coco, found, iou_type)
-    evaluator.params.maxDets = [1, 10, max_detections]
-    return evaluator
 
 
 def match_predictions(
@@ -82,46 +54,35 @@ def match_predictions(
 
     Args:
         coco (COCO): the ground truth.
-        results (list[dict]): predictions in COCO's result format; with masks if they have any.
-        score_threshold (float): leave out predictions below this score.
-        iou_threshold (float): overlap from which a prediction has found an object.
+        results (list[dict]): predictions in COCO's result format. Masks are compared if the
+            predictions have masks, else boxes.
+        score_threshold (float): predictions with a lower score are ignored.
+        iou_threshold (float): the lowest IoU of a match.
 
     Returns:
-        dict[int, ImageMatch]: by image id, for all images of ``coco``. Matches with crowd regions
-        are neither right nor wrong and appear nowhere.
+        dict[int, ImageMatch]: matches by image id, for all images of ``coco``. Crowd regions and
+        predictions that match them are left out.
 
     Raises:
-        DataError: if there are results of other images.
+        DataError: if an image of the results is not in ``coco``.
     """
     matches = {image_id: ImageMatch() for image_id in coco.getImgIds()}
     kept = [r for r in results if r["score"] >= score_threshold]
-    if not kept:
-        for image_id, match in matches.items():
-            match.missed = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
-        return matches
-    with contextlib.redirect_stdout(io.StringIO()):
-        iou_type = "segm" if "segmentation" in kept[0] else "bbox"
-        evaluator = _evaluate(coco, kept, iou_type, len(kept))
-        evaluator.params.iouThrs = np.array([iou_threshold])
-        evaluator.params.areaRng = evaluator.params.areaRng[:1]
-        evaluator.evaluate()
+    iou_type = "segm" if kept and "segmentation" in kept[0] else "bbox"
+    evaluator = _evaluate(
+        coco, kept, iou_type, len(kept), iouThrs=[iou_threshold], areaRng=[[0, 1e10]]
+    )
     for entry in filter(None, evaluator.evalImgs):
         match = matches[entry["image_id"]]
-        for prediction, matched, ignored in zip(
-            entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0]
-        ):
-            if ignored:
-                continue
-            if matched:
-                match.found.append(evaluator.cocoDt.anns[prediction])
+        for i, matched, ignored in zip(entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0]):
+            if matched and not ignored:
+                match.found.append(evaluator.cocoDt.anns[i])
                 match.objects.append(coco.anns[int(matched)])
-            else:
-                match.false_positives.append(evaluator.cocoDt.anns[prediction])
-        for annotation, matched, ignored in zip(
-            entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"]
-        ):
-            if not matched and not ignored:
-                match.missed.append(coco.anns[annotation])
+            elif not ignored:
+                match.false_positives.append(evaluator.cocoDt.anns[i])
+        for i, matched, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"]):
+            if not (matched or ignored):
+                match.missed.append(coco.anns[i])
     return matches
 
 
@@ -133,34 +94,29 @@ def object_recall(
     use_categories: bool = True,
 ) -> Dict[str, float]:
     """
-    How many of the objects are found, whatever the scores and however many predictions find none.
+    Compute the share of objects that are found. Scores and false positives do not matter.
 
     Args:
         coco, results, iou_type: see :func:`average_precision`.
-        iou_threshold (float): overlap from which a prediction has found an object. Each finds one
-            at most.
-        use_categories (bool): whether it must have the object's category.
+        iou_threshold (float): the lowest IoU of a match. A prediction matches one object at most.
+        use_categories (bool): match only within a category.
 
     Returns:
-        dict[str, float]: in percent, of "all" objects and of those that are "small", "medium" and
-        "large" in COCO's sense; NaN where there are none. Crowd regions do not count.
+        dict[str, float]: recall in percent of "all" objects and of COCO's "small", "medium" and
+        "large" objects; NaN if there are none. Crowd regions do not count.
 
     Raises:
-        DataError: if there are results of other images.
+        DataError: if an image of the results is not in ``coco``.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = _evaluate(coco, results, iou_type, max(len(results), 1))
-        evaluator.params.iouThrs = np.array([iou_threshold])
-        evaluator.params.useCats = int(use_categories)
-        evaluator.evaluate()
-    sizes = dict(zip(map(tuple, evaluator.params.areaRng), evaluator.params.areaRngLbl))
-    objects, found = dict.fromkeys(sizes.values(), 0), dict.fromkeys(sizes.values(), 0)
-    for entry in filter(None, evaluator.evalImgs):
-        size = sizes[tuple(entry["aRng"])]
-        counted = np.logical_not(entry["gtIgnore"])
-        objects[size] += int(counted.sum())
-        found[size] += int((entry["gtMatches"][0, counted] > 0).sum())
-    return {s: 100 * found[s] / objects[s] if objects[s] else float("nan") for s in objects}
+    params = {"iouThrs": [iou_threshold], "useCats": int(use_categories)}
+    evaluator = _evaluate(coco, results, iou_type, len(results), **params)
+    recall = {}
+    for size, area in zip(evaluator.params.areaRngLbl, evaluator.params.areaRng):
+        entries = [e for e in evaluator.evalImgs if e and e["aRng"] == area]
+        objects = sum(int((e["gtIgnore"] == 0).sum()) for e in entries)
+        found = sum(int((e["gtMatches"][0, e["gtIgnore"] == 0] > 0).sum()) for e in entries)
+        recall[size] = 100 * found / objects if objects else float("nan")
+    return recall
 
 
 def average_precision(
@@ -171,28 +127,24 @@ def average_precision(
         coco (COCO): the ground truth.
         results (list[dict]): predictions in COCO's result format.
         iou_type (str): "segm" or "bbox".
-        max_detections (int): how many predictions of an image count.
+        max_detections (int): evaluate this many predictions of an image, by falling score.
 
     Returns:
-        dict[str, float]: AP (over IoU 0.5 to 0.95), AP50 and AP75, in percent; NaN where the
+        dict[str, float]: AP (mean over IoU 0.5 to 0.95), AP50 and AP75, in percent; NaN if the
         ground truth is empty.
 
     Raises:
-        DataError: if there are results of other images.
+        DataError: if an image of the results is not in ``coco``.
     """
-    if not results:
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    precision, thresholds, _ = _accumulated(coco, results, iou_type, max_detections)
+    evaluator = _evaluate(coco, results, iou_type, max_detections)
+    # By IoU threshold (0.5, 0.55, … 0.95), recall and category, for objects of all sizes.
+    precision = evaluator.eval["precision"][..., 0, -1]
 
     def mean(values: np.ndarray) -> float:
         known = values[values > -1]
         return float(100 * known.mean()) if known.size else float("nan")
 
-    return {
-        "AP": mean(precision),
-        "AP50": mean(precision[np.isclose(thresholds, 0.5)]),
-        "AP75": mean(precision[np.isclose(thresholds, 0.75)]),
-    }
+    return {"AP": mean(precision), "AP50": mean(precision[0]), "AP75": mean(precision[5])}
 
 
 def precision_recall(
@@ -205,29 +157,32 @@ def precision_recall(
     """
     Args:
         coco, results, iou_type, max_detections: see :func:`average_precision`.
-        iou_threshold (float): overlap from which a prediction counts, 0.5, 0.55, … 0.95.
+        iou_threshold (float): the lowest IoU of a match.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: recalls from 0 to 1, and the precision at each, the mean of
-        all categories that have objects.
+        tuple[np.ndarray, np.ndarray]: recalls from 0 to 1 and the precision at each recall, as a
+        mean over the categories that have objects.
 
     Raises:
-        DataError: if there are results of other images.
+        DataError: if an image of the results is not in ``coco``.
     """
-    precision, thresholds, recalls = _accumulated(coco, results, iou_type, max_detections)
-    at = precision[int(np.abs(thresholds - iou_threshold).argmin())]
-    known = at[:, (at > -1).all(axis=0)]
-    return recalls, known.mean(axis=1)
+    evaluator = _evaluate(coco, results, iou_type, max_detections, iouThrs=[iou_threshold])
+    precision = evaluator.eval["precision"][0, ..., 0, -1]  # by recall and category
+    known = precision[:, (precision > -1).all(axis=0)]
+    return evaluator.params.recThrs, known.mean(axis=1)
 
 
-def _accumulated(
-    coco: COCO, results: List[dict], iou_type: str, max_detections: int
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision by IoU threshold, recall and category; the thresholds; the recalls."""
+def _evaluate(
+    coco: COCO, results: List[dict], iou_type: str, max_detections: int, **params: Any
+) -> COCOeval:
+    """Run COCO's evaluation; ``params`` replace those of pycocotools."""
+    unknown = {result["image_id"] for result in results} - set(coco.getImgIds())
+    if unknown:
+        raise DataError(f"results are of images that are not in the dataset: {min(unknown)}, …")
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = _evaluate(coco, results, iou_type, max_detections)
+        found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
+        evaluator = COCOeval(coco, found, iou_type)
+        vars(evaluator.params).update(maxDets=[1, 10, max_detections], **params)
         evaluator.evaluate()
         evaluator.accumulate()
-    # All areas; the last of the limits.
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]
-    return precision, evaluator.params.iouThrs, evaluator.params.recThrs
+    return evaluator

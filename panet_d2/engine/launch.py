@@ -1,4 +1,4 @@
-"""Start a function in as many processes as asked for, however they come to be."""
+"""Run a function in one or several processes."""
 
 from __future__ import annotations
 
@@ -21,38 +21,31 @@ from ..cli import FAILED, run
 from ..errors import PanetError
 from .hooks import STOPPED
 
-__all__ = ["launch"]
-
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """
-    Run ``main(args)`` in every process of the job: in those that torchrun has started, where it
-    has; else in ``args.num_gpus`` of this machine, started by Detectron2. SIGTERM reaches all of
-    them. Without CUDA they work on the CPU.
+    Run ``main(args)`` in every process of the job: in the processes of torchrun, or else in
+    ``args.num_gpus`` processes on this machine that Detectron2 starts. SIGTERM is passed on to all
+    of them. Without CUDA, they run on the CPU.
 
     Args:
-        main (callable): what to run.
-        args (Namespace): of :func:`detectron2.engine.default_argument_parser`.
+        main (callable): the function.
+        args (Namespace): from :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        SystemExit: if training was stopped by SIGTERM; or if one of several processes has ended
-            with an error that the user can fix, which it has printed.
+        SystemExit: if SIGTERM stopped training, or if one of several processes printed an error
+            that the user can fix.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _in_torchrun(main, args)
+        _run_in_torchrun(main, args)
         return
     if args.num_gpus * args.num_machines > 1:
-        # The processes are children of this one, which a scheduler knows.
+        # A scheduler may know and signal only this process, the parent.
         signal.signal(signal.SIGTERM, _pass_on)
-        main = partial(_one_sentence, main)
+        main = partial(_run_in_child, main)
     try:
         detectron2_launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
+            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)
         )
     except ProcessExitedException as e:
         if e.exit_code not in (STOPPED, FAILED):
@@ -60,12 +53,11 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         sys.exit(e.exit_code)
 
 
-def _in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def _run_in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # As long as Detectron2 waits for processes of its own: the first one checks images and
-    # evaluates while the others do.
+    # Detectron2's timeout, because the others wait while the first process checks images.
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     try:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -75,18 +67,15 @@ def _in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.Names
         dist.destroy_process_group()
 
 
-def _one_sentence(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Print one sentence here, where the parent would print two tracebacks."""
+def _run_in_child(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Print errors that the user can fix, for which the parent would print two tracebacks."""
 
     def child() -> None:
-        main(args)
+        main(args)  # the result is no exit status
 
-    status = run(child, errors=(PanetError,))
-    if status:
-        sys.exit(status)
+    sys.exit(run(child, errors=(PanetError,)))
 
 
 def _pass_on(signum: int, frame: Any) -> None:
     for process in multiprocessing.active_children():
-        if process.pid is not None:
-            os.kill(process.pid, signum)
+        process.terminate()

@@ -18,22 +18,17 @@ from .defaults import latest_checkpoint, load_strict, setup_config
 from .launch import launch
 from .trainer import Trainer
 
-__all__ = ["main", "setup", "train_or_evaluate"]
-
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """
-    Make the config and set up logging, seed and output folder.
+    Make the config, frozen, and set up logging, seed and output folder.
 
     Args:
-        args (Namespace): of :func:`detectron2.engine.default_argument_parser`.
-
-    Returns:
-        CfgNode: frozen.
+        args (Namespace): from :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        ConfigError: if the run cannot work with this config.
-        DataError: if its data cannot be used.
+        ConfigError: if the config cannot be used.
+        DataError: if a dataset cannot be used.
         CheckpointError: if ``OUTPUT_DIR`` holds another run.
     """
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
@@ -42,10 +37,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Trainer.check_test_aug(cfg)
     check_evaluators(cfg)
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
-        # Before anything is written there.
         raise CheckpointError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run; continue it with --resume, or name "
-            "another folder."
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run; continue that run with --resume, or "
+            "set OUTPUT_DIR to another folder."
         )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="panet_d2")
@@ -54,13 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     """
-    Do what the command line says, in one of the job's processes.
-
-    Args:
-        args (Namespace): see :func:`setup`.
-
-    Returns:
-        dict or None: the results of the evaluation, in the main process.
+    Train or evaluate in one process of the job. The main process returns the results.
 
     Raises:
         PanetError: see :func:`setup` and :class:`Trainer`.
@@ -87,15 +75,7 @@ def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """
-    Train or evaluate with Detectron2's command line.
-
-    Args:
-        argv (list[str] or None): the command line without the program; None for the real one.
-
-    Returns:
-        int: the exit status.
-    """
+    """Train or evaluate with Detectron2's arguments, by default ``sys.argv``; return the status."""
     args = default_argument_parser().parse_args(argv)
-    # Not OSError, which a user's own augmentation or evaluator may raise.
+    # Not OSError, because a bug in a user's own augmentation or evaluator may raise it.
     return run(launch, train_or_evaluate, args, errors=(PanetError,))

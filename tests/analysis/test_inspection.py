@@ -143,7 +143,7 @@ def test_masks_in_true_boxes_need_masks(squares):
 
 
 class Proposer(torch.nn.Module):
-    """Proposes the boxes of the data set's objects, moved to the right."""
+    """Proposes the boxes of the dataset's objects, moved to the right."""
 
     def __init__(self, name, shift):
         super().__init__()
@@ -220,7 +220,7 @@ def test_masks_in_the_boxes_of_another_model(squares, model_that_says_class_1):
 
 def test_boxes_of_a_model_with_other_classes(squares):
     models = [build_model(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", n)) for n in (3, 4)]
-    with pytest.raises(ValueError, match="3 classes, and the other one 4"):
+    with pytest.raises(ValueError, match="NUM_CLASSES is 3, and 4 in the other model"):
         evaluate_boxes_of(tiny_cfg(), *models, squares)
 
 

@@ -38,7 +38,7 @@ def test_ground_truth(tmp_path):
     register_coco_file("true", *write_coco(tmp_path, num_images=3))
     assert len(ground_truth("true").anns) == 6
     DatasetCatalog.register("true_otherwise", list)
-    with pytest.raises(DataError, match="true_otherwise has no annotation file in COCO's format"):
+    with pytest.raises(DataError, match="'true_otherwise' has no annotation file in COCO format"):
         ground_truth("true_otherwise")
 
 

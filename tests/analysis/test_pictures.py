@@ -56,7 +56,7 @@ def test_labels_do_not_cover_each_other(written):
 def test_more_labels_than_there_is_place_for_are_all_written(written):
     canvas = np.zeros((40, 60, 3), np.uint8)
     entries = [{"category_id": 1, "bbox": [0, 0, 9, 9]}] * 9
-    pictures._label(canvas, {pictures._TRUTH: entries}, {1: "cross"}, 1)
+    pictures._label(canvas, {pictures._GROUND_TRUTH: entries}, {1: "cross"}, 1)
     assert len(written) == 9
 
 

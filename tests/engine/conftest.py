@@ -5,7 +5,7 @@ from ..common import tiny_cfg, write_coco
 
 @pytest.fixture
 def config_file(tmp_path):
-    """The tiny model as a YAML file, with a data set."""
+    """The tiny model as a YAML file, with a dataset."""
     json_file, root = write_coco(tmp_path / "data")
     cfg = tiny_cfg(
         *("DATASETS.REGISTER_COCO", [["engine_squares", json_file, root]]),

@@ -1,4 +1,5 @@
 import pytest
+from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
@@ -35,24 +36,29 @@ def test_keypoint_sigmas_are_the_configs(tmp_path):
     ],
 )
 def test_picked_by_type(monkeypatch, kind, name):
-    made = []
-    monkeypatch.setattr(
-        f"panet_d2.evaluation.build.{name}", lambda *args, **kwargs: made.append(args) or name
-    )
+    made, evaluator = [], getattr(evaluation, name)
+    monkeypatch.setattr(evaluator, "__init__", lambda self, *args, **kwargs: made.append(args))
     MetadataCatalog.get(f"some_{kind}").evaluator_type = kind
-    assert build_evaluator(tiny_cfg(), f"some_{kind}") == name
-    assert made[0][0] == f"some_{kind}"
+    assert type(build_evaluator(tiny_cfg(), f"some_{kind}")) is evaluator
+    assert made == [(f"some_{kind}",)]
 
 
 def test_panoptic_has_three(monkeypatch):
-    for name in ("SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"):
-        monkeypatch.setattr(f"panet_d2.evaluation.build.{name}", lambda *a, _n=name, **k: _n)
+    expected = ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"]
+    made = {}
+    for name in expected:
+        evaluator = getattr(evaluation, name)
+        monkeypatch.setattr(
+            evaluator, "__init__", lambda self, *a, _n=name, **k: made.update({_n: k})
+        )
     MetadataCatalog.get("some_panoptic").evaluator_type = "coco_panoptic_seg"
-    parts = build_evaluator(tiny_cfg(), "some_panoptic")._evaluators
-    assert parts == ["SemSegEvaluator", "COCOEvaluator", "COCOPanopticEvaluator"]
+    parts = build_evaluator(tiny_cfg("OUTPUT_DIR", "run"), "some_panoptic")._evaluators
+    assert [type(part).__name__ for part in parts] == list(made) == expected
+    assert all(options["output_dir"] == "run/inference" for options in made.values())
+    assert made["COCOEvaluator"]["max_dets_per_image"] == 100
 
 
-def test_each_of_several_data_sets_has_its_folder(tmp_path):
+def test_each_of_several_datasets_has_its_folder(tmp_path):
     """Or the results of the last would lie where those of the first are looked for."""
     names = ["evaluated_first", "evaluated_second"]
     for name in names:
@@ -94,5 +100,5 @@ def test_all_are_checked_before_a_run(tmp_path):
     MetadataCatalog.get("some_other_oddity").evaluator_type = "oddity"
     check_evaluators(tiny_cfg("DATASETS.TEST", []))
     check_evaluators(tiny_cfg("DATASETS.TEST", ["evaluated"]))
-    with pytest.raises(ConfigError, match="'some_other_oddity'.*'oddity'.* and pascal_voc"):
+    with pytest.raises(ConfigError, match="'some_other_oddity'.*'oddity'.*, pascal_voc"):
         check_evaluators(tiny_cfg("DATASETS.TEST", ["evaluated", "some_other_oddity"]))

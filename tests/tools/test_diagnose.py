@@ -1,5 +1,6 @@
 import re
 
+import pytest
 import torch
 from detectron2.modeling import build_model
 
@@ -71,13 +72,16 @@ def test_boxes_of_another_run(tmp_path, capsys):
     config, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     assert cli.run(diagnose.main, ["--config-file", config, "--boxes-of", other]) == 0
     *_, what, ap = capsys.readouterr().out.splitlines()
-    assert what == f"mask AP with what {other} detects:" and re.match(r"AP [\d.]+  AP50 ", ap)
+    assert (
+        what == f"mask AP on diagnosed_a with the boxes, classes and scores of {other}:"
+        and re.match(r"AP [\d.]+  AP50 ", ap)
+    )
     without = write_run(tmp_path, "MODEL.MASK_ON", False)
     assert cli.run(diagnose.main, ["--config-file", without, "--boxes-of", other]) == 1
     assert "no masks" in capsys.readouterr().err
 
 
-def test_no_data_set(tmp_path, capsys):
+def test_no_dataset(tmp_path, capsys):
     assert (
         cli.run(diagnose.main, ["--config-file", write_run(tmp_path), "DATASETS.TEST", "()"]) == 1
     )
@@ -88,3 +92,12 @@ def test_weights_that_are_not_there(tmp_path, capsys):
     config = write_run(tmp_path)
     assert cli.run(diagnose.main, ["--config-file", config, "MODEL.WEIGHTS", "lost.pth"]) == 1
     assert "lost.pth" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(diagnose, "dead_units", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(diagnose.main, ["--config-file", write_run(tmp_path)])

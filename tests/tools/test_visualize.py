@@ -58,7 +58,7 @@ def test_number_of_pictures(run):
 
 
 def test_no_results(run, capsys):
-    assert predictions(run, "--results", "lost.json") == 2
+    assert predictions(run, "--results", "lost.json") == 1
     assert "lost.json" in capsys.readouterr().err
 
 
@@ -117,11 +117,11 @@ def test_masks_of_objects_that_reach_beyond_the_image(trained, capsys):
     beyond.with_name("none.json").write_text(json.dumps(content))
     opts = ["DATASETS.REGISTER_COCO", str([["none", str(beyond.with_name("none.json")), root]])]
     assert cli.run(visualize.main, [*command, *opts, "DATASETS.TEST", "('none',)"]) == 1
-    assert "none has no objects" in capsys.readouterr().err
+    assert "dataset none has no objects" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predictions", "levels", "masks"])
-def test_no_data_set(trained, command, capsys):
+def test_no_dataset(trained, command, capsys):
     config, output = str(trained / "config.yaml"), str(trained / "figures")
     opts = ["DATASETS.TEST", "()"]
     assert (
@@ -141,8 +141,8 @@ def test_curves_of_runs_with_the_same_name(trained, tmp_path, monkeypatch):
     assert list(drawn) == runs
 
 
-def test_results_of_the_data_set_among_several(run, capsys):
-    """The evaluation of two data sets; the results looked at are those of the first."""
+def test_results_of_the_dataset_among_several(run, capsys):
+    """The evaluation of two datasets; the results looked at are those of the first."""
     cfg = read_config(str(run / "config.yaml"))
     _, json_file, root = cfg.DATASETS.REGISTER_COCO[0]
     opts = [
@@ -173,3 +173,12 @@ def test_curves(trained, tmp_path):
 def test_one_clear_error(command, message, tmp_path, capsys):
     assert cli.run(visualize.main, [*command, "--output", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    def broken(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(visualize, "match_predictions", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        predictions(run)
