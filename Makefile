@@ -74,7 +74,7 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=40000000
 # Trained and evaluated once; repeating `make demo` draws and scores its results again.
 $(DEMO)/model_final.pth: | $(STAMP)
 	rm -rf $(DEMO)
-	$(KEEP_MEMORY) $(BIN)/python -W ignore train_net.py --config-file configs/Shapes/panet_R_18_FPN_gn.yaml OUTPUT_DIR $(DEMO)
+	$(KEEP_MEMORY) $(BIN)/python -W ignore train_net.py --config-file configs/Shapes/demo.yaml OUTPUT_DIR $(DEMO)
 
 demo: $(STAMP) $(DEMO)/model_final.pth
 	@$(BIN)/python -W ignore tools/visualize.py predictions --config-file $(DEMO)/config.yaml --output $(DEMO)/pictures

@@ -12,7 +12,7 @@ from fvcore.transforms.transform import Transform
 
 from .._detectron2 import AnnotationHook
 from ..config import read_choice
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .augmentation import ResizeShortestEdgePerBatch
 from .worker_signals import leave_sigterm_to_parent
 
@@ -56,8 +56,6 @@ class NamedImageMapper(AnnotationHook):
         leave_sigterm_to_parent()
         try:
             return super().__call__(dataset_dict)
-        except ConfigError:  # is not the image's fault
-            raise
         # Pillow raises almost any error for broken files, as Detectron2 for broken annotations.
         except Exception as e:
             if _from_own_augmentation(e.__traceback__):

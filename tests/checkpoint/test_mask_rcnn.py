@@ -82,7 +82,9 @@ def test_without_relu_the_neck_and_the_masks_start_as_the_donor():
         assert torch.equal(a.pred_masks, b.pred_masks)
 
 
-def test_group_norm_of_the_path_gives_back_what_it_takes():
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_group_norm_of_the_path_gives_back_what_it_takes(shift):
+    """With shifts that differ within a group, which are a part of its spread."""
     opts = (
         *("MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 64),
         *("MODEL.PAFPN.ACTIVATION", ""),
@@ -90,7 +92,8 @@ def test_group_norm_of_the_path_gives_back_what_it_takes():
     donor = state(*DONOR, *opts)
     for name, value in donor.items():
         if name.startswith("backbone.fpn_output") and ".norm." in name:
-            value.copy_(torch.rand_like(value) + (0.5 if name.endswith("weight") else -0.5))
+            noise = torch.rand_like(value)
+            value.copy_(noise + 0.5 if name.endswith("weight") else shift * (noise - 0.5))
     donor_model, model = build_model(tiny_cfg(*DONOR, *opts)), build_model(tiny_cfg(*opts))
     donor_model.load_state_dict(donor)
     model.load_state_dict(warm_start(donor, model.state_dict()).state)

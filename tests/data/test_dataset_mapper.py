@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from panet_d2.data import NamedImageMapper, check_images, register_coco_file
-from panet_d2.errors import DataError
+from panet_d2.errors import ConfigError, DataError
 
 from ..common import tiny_cfg, write_coco
 
@@ -81,6 +81,13 @@ def test_a_bug_in_an_augmentation_is_not_the_images(record, augmentation, worker
         next(iter(DataLoader(MapDataset([record], mapper), num_workers=workers)))
     report = str(e.value) if workers else "".join(traceback.format_tb(e.value.__traceback__))
     assert "test_dataset_mapper.py" in report and "cannot use image" not in str(e.value)
+
+
+def test_a_config_error_is_not_the_images(record):
+    mapper = NamedImageMapper(tiny_cfg("INPUT.SAME_SIZE_PER_BATCH", True), True)
+    with pytest.raises(ConfigError, match="INPUT.SAME_SIZE_PER_BATCH") as e:
+        mapper(record)
+    assert "001.png" not in str(e.value)
 
 
 def test_what_stock_augmentations_cannot_use_is_named(record):

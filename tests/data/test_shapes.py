@@ -38,9 +38,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def _register_again():
-    for split in shapes.SPLITS:
-        DatasetCatalog.remove(f"panet_shapes_{split}")
-        MetadataCatalog.remove(f"panet_shapes_{split}")
+    for name in (f"{prefix}_{split}" for prefix in shapes.SIZES for split in shapes.SPLITS):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     shapes.register_shapes()
 
 
@@ -306,6 +306,14 @@ def test_registration_draws_nothing_until_loaded(cache):
     ]
     with open(metadata.json_file) as f:
         assert len(json.load(f)["images"]) == 2
+
+
+def test_small_images_have_a_folder_of_their_own(cache):
+    records = DatasetCatalog.get("panet_shapes_small_val")
+    assert os.listdir(cache) == ["shapes_v1_128"]
+    assert {(r["height"], r["width"]) for r in records} == {(128, 128)}
+    image, _ = shapes.render_image("val", 0, 128)
+    assert np.array_equal(cv2.imread(records[0]["file_name"])[..., ::-1], image)
 
 
 def test_data_goes_where_the_metadata_says(cache, tmp_path, monkeypatch):

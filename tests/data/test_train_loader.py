@@ -218,6 +218,27 @@ def test_images_without_sizes_cannot_be_grouped(cfg, monkeypatch):
     next(iter(build_train_loader(cfg, NamedImageMapper(cfg, True))))
 
 
+@pytest.mark.parametrize("start", range(12))
+def test_what_is_left_over_comes_in_the_streams_order(start):
+    """Images of both groups, and those that no skipped batch was complete for."""
+    groups = [0, 1, 1, 0, 0, 1, 0]
+    sampler = TrainingSampler(len(groups), seed=0)
+    rest = [p for p, _, _ in islice(iter(StreamSampler(sampler, 3, start, groups)), 40)]
+    assert rest == sorted(rest)
+    whole = list(islice(iter(StreamSampler(sampler, 3, 0, groups)), rest[-1] + 1))
+    batches = [batch for position, _, batch in whole if position not in rest]
+    assert len(batches) == 3 * start and all(batches.count(b) == 3 for b in batches)
+
+
+def test_each_process_augments_its_own_way(cfg, monkeypatch):
+    """By its rank: two processes that read one image at one position would train the same."""
+    first = batches(cfg, 2)
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
+    second = batches(cfg, 2)
+    noise = [{noise for batch in drawn for _, noise, _, _ in batch} for drawn in (first, second)]
+    assert not noise[0] & noise[1]
+
+
 def test_skipping_a_million_images_takes_seconds():
     sampler = StreamSampler(TrainingSampler(1000, seed=0), 16, 70_000, [i % 2 for i in range(1000)])
     assert next(iter(sampler))[0] > 1_000_000

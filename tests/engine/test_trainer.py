@@ -171,6 +171,20 @@ class TestResume:
         ]
         assert not same(*seeds)
 
+    def test_each_process_draws_its_own_numbers(self, config_file, monkeypatch):
+        """In a step, by its rank: otherwise all would sample the same proposals."""
+        drawn = []
+        monkeypatch.setattr(
+            "detectron2.engine.DefaultTrainer.run_step",
+            lambda self: drawn.append(torch.rand(()).item()),
+        )
+        trainer = Trainer(setup_config(config_file, ["SEED", "3"]))
+        trainer.iter = 5
+        for rank in (0, 1, 0):
+            monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+            trainer.run_step()
+        assert drawn[0] == drawn[2] != drawn[1]
+
     def test_without_a_seed_it_resumes_all_the_same(self, config_file, monkeypatch):
         opts = (*self.OPTS, "SEED", -1)
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):

@@ -80,6 +80,11 @@ def test_weights_start_as_those_of_single_layers():
     assert not linear.bias.any() and not conv.bias.any()
 
 
+@pytest.mark.parametrize("norm", ["", "GN", "BN", "FrozenBN"])
+def test_a_conv_before_a_norm_has_no_bias(norm):
+    assert (LevelwiseConv2d(IN, OUT, LEVELS, norm).bias is None) == bool(norm)
+
+
 class Convolutions(TorchDispatchMode):
     """Keeps the inputs of all convolutions."""
 

@@ -67,6 +67,18 @@ def test_boxes_at_the_border(box, aligned):
     )
 
 
+@pytest.mark.parametrize("low", [-1.0, -1.0 - 1e-9])
+def test_a_sample_exactly_one_pixel_outside(low):
+    """It takes the border's value, and one further out is zero."""
+    x = [torch.ones(1, 1, 6, 8, dtype=torch.float64)]
+    # One sample, in the middle of the box; without the shift by half a pixel.
+    boxes = torch.tensor([[0, low - 0.5, 2.0, low + 0.5, 3.0]], dtype=torch.float64)
+    args = (x, boxes, [1.0], (1, 1), 1, False)
+    expected = multilevel_roi_align_reference(*args)
+    assert expected.item() == (1.0 if low == -1.0 else 0.0)
+    torch.testing.assert_close(roi_align_levels_cpu(*args), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_does_no_harm(value):
     boxes = torch.tensor([[0, value, 3, 20, 30], [0, 4, 4, 20, 20]])

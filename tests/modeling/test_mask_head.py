@@ -109,3 +109,15 @@ def test_bad_config_values(opts, shape, message):
     cfg = tiny_cfg(*(x for k, v in pairs for x in (f"MODEL.ROI_MASK_HEAD.{k}", v)))
     with pytest.raises(ConfigError, match=f"MODEL.ROI_MASK_HEAD.{message}"):
         build_mask_head(cfg, shape)
+
+
+def test_fc_path_starts_small():
+    """As in the release; its convs as those of Detectron2's mask head (c2_msra_fill)."""
+    shape = ShapeSpec(channels=64, height=7, width=7)
+    branch = PANetMaskHead(shape, num_classes=2, conv_dims=[64] * 3).fc_fusion
+    assert branch.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not branch.fc.bias.any()
+    for conv in (branch.conv1, branch.conv2):
+        fan_out = 9 * conv.out_channels
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert not conv.bias.any()

@@ -233,3 +233,30 @@ def test_channels_last(norm):
         assert not expected[level].is_contiguous(memory_format=torch.channels_last), level
         torch.testing.assert_close(result[level], expected[level], rtol=1e-4, atol=1e-4)
     assert last.pafpn_output3.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bottom_up_convs_start_as_those_of_fpn():
+    """fvcore's c2_xavier_fill: uniform within sqrt(3 / fan in), without a bias."""
+    model = PAFPN(
+        bottom_up=build_resnet_backbone(tiny_cfg(), ShapeSpec(channels=3)),
+        in_features=["res2", "res3", "res4"],
+        out_channels=32,
+    )
+    bound = (3 / (9 * 32)) ** 0.5
+    for conv in (*model.downsample_convs, *model.fusion_convs, model.fpn_output2):
+        assert 0.95 * bound < conv.weight.abs().max().item() <= bound
+        assert not conv.bias.any()
+
+
+def test_channels_last_reaches_every_conv():
+    """Weights are kept in that order too: otherwise each step would copy them."""
+    model = build_backbone(tiny_cfg("MODEL.PAFPN.CHANNELS_LAST", True)).eval()
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    seen = []
+    hook = model.bottom_up.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    hook.remove()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].is_contiguous()

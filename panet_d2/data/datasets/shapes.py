@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from functools import partial
+from itertools import product
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ from ...errors import DataError
 
 CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
+SIZES: dict[str, int] = {"panet_shapes": 256, "panet_shapes_small": 128}  # side of the images
 
 # Part of the seeds and of the folder's name. Increase it whenever the pictures change, so that no
 # cache of old pictures is used.
@@ -52,10 +54,7 @@ def _spikes(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarr
 
 
 def _distance(category: int, x: np.ndarray, y: np.ndarray, slim: float) -> np.ndarray:
-    """
-    Distance to the outline in the shape's own frame, where it fills the unit circle; negative
-    inside. Instances of one class differ in ``slim``, from 0 to 1.
-    """
+    """Distance to the outline in the unit circle, negative inside; ``slim`` varies from 0 to 1."""
     name, ax, ay = CLASSES[category], np.abs(x), np.abs(y)
     if name == "disc":
         return np.hypot(x, y) - 1
@@ -203,9 +202,8 @@ def _place(
     rng: np.random.Generator, inside: np.ndarray, pad: int, owner: np.ndarray, full: list[int]
 ) -> tuple | None:
     """
-    Find a place where the new shape, ``inside`` (h x w, bool), and all under it stay visible.
-    ``owner`` has the number of the visible shape at each pixel, -1 for none; ``full`` the areas of
-    the shapes so far, without occlusion.
+    Find a place where the new shape, ``inside``, and all under it stay visible. ``owner`` has the
+    number of the shape at each pixel or -1, ``full`` the areas of the shapes without occlusion.
     """
     size = len(owner)
     needed = np.maximum(_MIN_AREA, _MIN_VISIBLE * np.array([*full, inside.sum()]))
@@ -282,12 +280,12 @@ def _annotation(instance: dict) -> dict:
     }
 
 
-def _write_split(folder: str, split: str, progress: tqdm) -> None:
+def _write_split(folder: str, split: str, size: int, progress: tqdm) -> None:
     os.makedirs(os.path.join(folder, split))
     images: list[dict] = []
     annotations: list[dict] = []
     for index in range(SPLITS[split]):
-        image, instances = render_image(split, index)
+        image, instances = render_image(split, index, size)
         name = f"{index:06d}.png"
         path = os.path.join(folder, split, name)
         if not cv2.imwrite(path, image[..., ::-1]):
@@ -295,7 +293,7 @@ def _write_split(folder: str, split: str, progress: tqdm) -> None:
         height, width = image.shape[:2]
         images.append({"id": index, "file_name": name, "height": height, "width": width})
         for instance in instances:
-            # COCO's evaluation treats id 0 as no annotation.
+            # From 1, because COCO's evaluation treats id 0 as no annotation.
             ids = {"id": len(annotations) + 1, "image_id": index}
             annotations.append({**ids, **_annotation(instance)})
         progress.update()
@@ -313,9 +311,10 @@ def _json_file(folder: str, split: str) -> str:
     return os.path.join(folder, "annotations", f"instances_{split}.json")
 
 
-def _folder(root: str | None) -> str:
+def _folder(root: str | None, size: int = 256) -> str:
     root = root or os.getenv("PANET_D2_CACHE") or os.path.join("~", ".cache", "panet_d2")
-    return os.path.join(os.path.abspath(os.path.expanduser(root)), f"shapes_v{_VERSION}")
+    name = f"shapes_v{_VERSION}" + (f"_{size}" if size != 256 else "")
+    return os.path.join(os.path.abspath(os.path.expanduser(root)), name)
 
 
 def _remove_stale(folder: str) -> None:
@@ -328,7 +327,7 @@ def _remove_stale(folder: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def ensure_shapes(root: str | None = None) -> str:
+def ensure_shapes(root: str | None = None, size: int = 256) -> str:
     """
     Draw the dataset unless it exists: less than a minute, 130 MB. Several processes may do so at
     once, and each may be killed: the folder is complete or does not exist.
@@ -336,15 +335,16 @@ def ensure_shapes(root: str | None = None) -> str:
     Args:
         root (str | None): folder for caches; by default the environment variable
             ``PANET_D2_CACHE``, or ``~/.cache/panet_d2`` if it is not set.
+        size (int): side of the images in pixels, see :func:`render_image`.
 
     Returns:
-        str: the folder ``<root>/shapes_v1`` with ``<split>/000000.png``, … and
+        str: the folder, such as ``<root>/shapes_v1``. It has ``<split>/000000.png``, … and
         ``annotations/instances_<split>.json``, in COCO format with masks in RLE.
 
     Raises:
         DataError: if the folder lacks its annotations or cannot be written.
     """
-    folder = _folder(root)
+    folder = _folder(root, size)
     if os.path.isdir(folder):
         missing = [s for s in SPLITS if not os.path.isfile(_json_file(folder, s))]
         if missing:
@@ -354,7 +354,7 @@ def ensure_shapes(root: str | None = None) -> str:
             )
         return folder
     try:
-        _make(folder)
+        _make(folder, size)
     except OSError as e:
         raise DataError(
             f"cannot write the embedded dataset to {folder}: {e.strerror or e}. Set the "
@@ -363,7 +363,7 @@ def ensure_shapes(root: str | None = None) -> str:
     return folder
 
 
-def _make(folder: str) -> None:
+def _make(folder: str, size: int) -> None:
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     _remove_stale(folder)
     # Not by tempfile, whose folders other users cannot read.
@@ -374,7 +374,7 @@ def _make(folder: str) -> None:
         os.makedirs(os.path.join(unfinished, "annotations"))
         with tqdm(total=total, desc="shapes", unit="image", mininterval=1) as progress:
             for split in SPLITS:
-                _write_split(unfinished, split, progress)
+                _write_split(unfinished, split, size, progress)
         try:
             os.rename(unfinished, folder)
         except OSError:  # another process may have been faster
@@ -384,25 +384,24 @@ def _make(folder: str) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _load(root: str, split: str, name: str) -> list[dict]:
-    folder = ensure_shapes(root)
+def _load(root: str, size: int, split: str, name: str) -> list[dict]:
+    folder = ensure_shapes(root, size)
     return load_coco_json(_json_file(folder, split), os.path.join(folder, split), name)
 
 
 def register_shapes() -> None:
     """
-    Register ``panet_shapes_train`` and ``panet_shapes_val``. A registered dataset of that name
-    stays. The images are drawn when a split is first loaded, into the default folder of
-    :func:`ensure_shapes` at the time of this call.
+    Register ``panet_shapes_train``, ``…_val`` and their small versions, see ``SIZES``. A registered
+    dataset of that name stays. The images are drawn when a split is first loaded, into the default
+    folder of :func:`ensure_shapes` at the time of this call.
     """
-    folder = _folder(None)
-    for split in SPLITS:
-        name = f"panet_shapes_{split}"
+    for (prefix, size), split in product(SIZES.items(), SPLITS):
+        folder, name = _folder(None, size), f"{prefix}_{split}"
         if name in DatasetCatalog:
             continue
         # One root for loader and metadata, even if the environment changes: the evaluator reads the
         # annotations where the metadata says.
-        DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), split, name))
+        DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), size, split, name))
         MetadataCatalog.get(name).set(
             json_file=_json_file(folder, split),
             image_root=os.path.join(folder, split),
