@@ -277,12 +277,15 @@ def test_outputs_that_cannot_be(model, images, tmp_path, capfd):
     _assert_error(capfd, tmp_path / "file")
 
 
-def test_json_is_whole_or_absent(tmp_path):
-    demo.write_json(str(tmp_path / "r.json"), [1])
+def test_json_is_whole_or_absent(model, images, tmp_path, monkeypatch):
+    """A bug that ends the program while it writes leaves the file before."""
+    (tmp_path / "r.json").write_text("[]")
+    argv = [*model, "--input", str(images), "--json", str(tmp_path / "r.json")]
+    monkeypatch.setattr(demo.Model, "results", lambda *args: [{"a": 1}, {"b": object()}])
     with pytest.raises(TypeError):
-        demo.write_json(str(tmp_path / "r.json"), [1, object()])
-    assert os.listdir(tmp_path) == ["r.json"]
-    assert (tmp_path / "r.json").read_text() == "[1]"
+        demo.main(argv)
+    assert (tmp_path / "r.json").read_text() == "[]"
+    assert not list(tmp_path.glob("r.json.*"))
 
 
 def test_weights_of_another_model(model, images, tmp_path, capfd):

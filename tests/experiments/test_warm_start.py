@@ -29,6 +29,7 @@ def test_table():
     assert cells[4] == ["PANet, warm start", "1.0", "1.2", "11.0", "21.0"]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     """On a dataset of squares. A second call trains nothing."""
     json_file, root = write_coco(tmp_path / "squares")

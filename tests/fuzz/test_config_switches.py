@@ -98,6 +98,8 @@ def pyramids(draw) -> dict:
 def configs(draw) -> dict:
     opts = {key: draw(strategy) for key, strategy in FREE}
     opts.update(draw(pyramids()))
+    if opts["MODEL.ROI_BOX_HEAD.AFP.ENABLED"] and opts["MODEL.ROI_BOX_HEAD.AFP.ADAPTATION"] == "fc":
+        opts["MODEL.ROI_BOX_HEAD.NUM_CONV"] = 0  # no grid is left for a conv
     if opts["MODEL.ROI_BOX_HEAD.NUM_CONV"] + opts["MODEL.ROI_BOX_HEAD.NUM_FC"] == 0:
         opts["MODEL.ROI_BOX_HEAD.NUM_FC"] = 1  # Detectron2's head has at least one layer
     if opts["MODEL.ROI_HEADS.NAME"] == "PANetCascadeROIHeads":

@@ -42,7 +42,7 @@ def test_account_and_weights(donor, calibrate, capsys):
 
 
 def test_calibration_needs_training_data(donor, capsys):
-    assert convert(donor, "--calibrate", "2", "--opts", "DATASETS.TRAIN", "[]") == 2
+    assert convert(donor, "--calibrate", "2", "--opts", "DATASETS.TRAIN", "[]") == 1
     assert "DATASETS.TRAIN" in capsys.readouterr().err
     assert not (donor / "out.pth").exists()
 
