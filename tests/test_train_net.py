@@ -93,6 +93,13 @@ def test_eval_only_of_the_run_itself(folder):
     )
 
 
+def test_eval_only_fails_below_the_expected_results(folder):
+    args = ("--eval-only", "--resume", "OUTPUT_DIR", str(folder / "run"), "TEST.EXPECTED_RESULTS")
+    mask_ap = last_results(folder / "run")["segm/AP"]
+    assert train_net(folder, *args, f"[['segm', 'AP', {mask_ap}, 0.1]]").returncode == 0
+    assert train_net(folder, *args, f"[['segm', 'AP', {mask_ap + 1}, 0.1]]").returncode == 1
+
+
 def test_test_time_augmentation(folder):
     done = train_net(
         folder,
