@@ -34,6 +34,12 @@ class CheckedFile:
     keypoints: int
 
 
+def cache_folder(root: Optional[str] = None) -> str:
+    """Return ``root``, by default ``PANET_D2_CACHE`` or ~/.cache/panet_d2, as an absolute path."""
+    root = root or os.getenv("PANET_D2_CACHE") or os.path.join("~", ".cache", "panet_d2")
+    return os.path.abspath(os.path.expanduser(root))
+
+
 def file_state(path: str) -> Optional[FileState]:
     """Return the state of a local file, else None. Call it before you read the file."""
     try:
@@ -70,8 +76,6 @@ def _record(checked: CheckedFile) -> dict:
 
 def _record_path(checked: CheckedFile) -> str:
     # One path for all states of a file, so that old records do not pile up.
-    root = os.getenv("PANET_D2_CACHE") or os.path.join("~", ".cache", "panet_d2")
     arguments = (checked.masks, checked.evaluated, checked.keypoints)
     key = hashlib.sha256(repr((checked.file.path, arguments)).encode()).hexdigest()
-    folder = os.path.abspath(os.path.expanduser(root))
-    return os.path.join(folder, "checked_annotations", f"{key[:32]}.json")
+    return os.path.join(cache_folder(), "checked_annotations", f"{key[:32]}.json")

@@ -25,6 +25,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from ...errors import DataError
+from ..check_cache import cache_folder
 
 CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
@@ -312,9 +313,8 @@ def _json_file(folder: str, split: str) -> str:
 
 
 def _folder(root: str | None, size: int = 256) -> str:
-    root = root or os.getenv("PANET_D2_CACHE") or os.path.join("~", ".cache", "panet_d2")
     name = f"shapes_v{_VERSION}" + (f"_{size}" if size != 256 else "")
-    return os.path.join(os.path.abspath(os.path.expanduser(root)), name)
+    return os.path.join(cache_folder(root), name)
 
 
 def _remove_stale(folder: str) -> None:
