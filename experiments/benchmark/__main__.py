@@ -29,6 +29,7 @@ from experiments.benchmark.report import describe_machine, markdown, plot
 from experiments.benchmark.tasks import inference, training_step
 from experiments.benchmark.timing import interleaved, peak_memory
 from panet_d2 import cli
+from panet_d2.checkpoint import atomic_open
 from panet_d2.engine import setup_config
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "configs")
@@ -141,10 +142,10 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     os.makedirs(args.output, exist_ok=True)
     path = os.path.join(args.output, args.name or ("cuda" if on_gpu else "cpu"))
-    with open(f"{path}.json", "w") as f:
+    with atomic_open(f"{path}.json") as f:
         json.dump(results, f, indent=1)
         f.write("\n")
-    with open(f"{path}.md", "w") as f:
+    with atomic_open(f"{path}.md") as f:
         f.write(markdown(results))
     plot(results, f"{path}.png")
     print(markdown(results))
