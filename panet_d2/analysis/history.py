@@ -25,8 +25,5 @@ def evaluations(history: List[dict], task: str = "segm") -> Dict[int, dict]:
     """Select the lines with an AP of the task, for instance "bbox", by number of finished steps."""
     # The evaluation after training is written with an iteration that is one too high.
     trained = max(losses(history), default=0)
-    lines = {}
-    for line in history:
-        if f"{task}/AP" in line:
-            lines[min(line["iteration"] + 1, trained)] = line
+    lines = {min(line["iteration"] + 1, trained): line for line in history if f"{task}/AP" in line}
     return dict(sorted(lines.items()))

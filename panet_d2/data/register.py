@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
@@ -168,47 +168,49 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             )
         if name in files:
             content = files[name].content
-            keypoints = _num_keypoints(cfg, name, content)
+            annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
+            keypoints = _num_keypoints(cfg, name, annotations)
             if check:
                 masks = None if cfg.MODEL.MASK_ON else False
                 evaluated = name in cfg.DATASETS.TEST and "TEST" in needed
-                _check_once(name, files[name], masks, evaluated, keypoints)
+                _check_in_main_process(name, files[name], masks, evaluated, keypoints)
             _check_images(name, content)
             if split == "TRAIN":
-                _check_annotations(cfg, name, content)
+                _check_trainable(cfg, name, annotations)
                 _warn_of_flips(cfg, name)
             if keep:
                 keep_images(name, content["images"])
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
 
-def _check_once(
-    name: str, file: _CocoFile, masks: Optional[bool], evaluated: bool, keypoints: int
-) -> None:
-    """Check annotations in the main process, unless the record says that they have no error."""
+def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
+    """Run :func:`_check_once` in the main process; all processes of the job raise its error."""
     error: Optional[DataError] = None
-    if comm.is_main_process():
-        checked = None
-        if file.state is not None:
-            checked = CheckedFile(file.state, masks, evaluated, keypoints)
-        if checked is None or not is_known_clean(checked):
-            metadata = MetadataCatalog.get(name)
-            number = len(file.content.get("annotations", ()))
-            logger.info(
-                f"Checking the {number} annotations of {name!r} (DATASETS.CHECK_ANNOTATIONS) …"
-            )
-            problems = check_annotations(file.content, masks, evaluated, keypoints)
-            try:
-                refuse_errors(problems, metadata.json_file, metadata.image_root)
-            except DataError as e:
-                error = e
-            else:
-                if checked is not None and number >= _WORTH_REMEMBERING:
-                    remember_clean(checked)
-    # All processes raise the error. Otherwise those that wait here would report a lost connection.
+    try:
+        if comm.is_main_process():
+            _check_once(name, file, *args)
+    except DataError as e:
+        error = e
+    # Otherwise those that wait here would report a lost connection.
     error = comm.all_gather(error)[0]
     if error is not None:
         raise error
+
+
+def _check_once(
+    name: str, file: _CocoFile, masks: Optional[bool], evaluated: bool, keypoints: int
+) -> None:
+    """Check annotations, unless the record says that they have no error."""
+    checked = file.state and CheckedFile(file.state, masks, evaluated, keypoints)
+    if checked and is_known_clean(checked):
+        return
+    metadata = MetadataCatalog.get(name)
+    number = len(file.content.get("annotations", ()))
+    logger.info(f"Checking the {number} annotations of {name!r} (DATASETS.CHECK_ANNOTATIONS) …")
+    problems = check_annotations(file.content, masks, evaluated, keypoints)
+    refuse_errors(problems, metadata.json_file, metadata.image_root)
+    if checked and number >= _WORTH_REMEMBERING:
+        remember_clean(checked)
 
 
 def _check_images(name: str, content: dict) -> None:
@@ -224,9 +226,8 @@ def _check_images(name: str, content: dict) -> None:
         )
 
 
-def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
+def _check_trainable(cfg: CfgNode, name: str, annotations: List[dict]) -> None:
     json_file = MetadataCatalog.get(name).json_file
-    annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
     annotations = [a for a in annotations if not a.get("iscrowd", 0)]
     if not annotations:
         raise DataError(f"{json_file} has no annotations to train on.")
@@ -243,9 +244,8 @@ def _check_annotations(cfg: CfgNode, name: str, content: dict) -> None:
             )
 
 
-def _num_keypoints(cfg: CfgNode, name: str, content: dict) -> int:
+def _num_keypoints(cfg: CfgNode, name: str, annotations: List[dict]) -> int:
     """The number of keypoints that each object must have; 0 if they are not used."""
-    annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
     if not cfg.MODEL.KEYPOINT_ON or not annotations:
         return 0
     metadata = MetadataCatalog.get(name)
