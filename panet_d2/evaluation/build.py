@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import Any, Dict, Optional
+from types import ModuleType
+from typing import Any, Dict, Optional, Type
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -18,6 +21,8 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from ..errors import ConfigError
 
@@ -30,6 +35,25 @@ _EVALUATORS = {
     "cityscapes_instance": (CityscapesInstanceEvaluator,),
     "cityscapes_sem_seg": (CityscapesSemSegEvaluator,),
     "pascal_voc": (PascalVOCDetectionEvaluator,),
+}
+# The package that an evaluator imports when it evaluates, and how to install it.
+_PACKAGES = {
+    LVISEvaluator: ("lvis", "pip install lvis"),
+    CityscapesInstanceEvaluator: ("cityscapesscripts", "pip install cityscapesscripts"),
+    CityscapesSemSegEvaluator: ("cityscapesscripts", "pip install cityscapesscripts"),
+    COCOPanopticEvaluator: (
+        "panopticapi",
+        "pip install git+https://github.com/cocodataset/panopticapi.git",
+    ),
+}
+# Modules of these packages that use names which NumPy has removed: lvis 0.5.3 np.float, and
+# cityscapesscripts 2.3.0 np.in1d. Both are the latest release.
+_MODULES_FOR_OLD_NUMPY = {
+    "lvis": ("lvis.eval",),
+    "cityscapesscripts": (
+        "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling",
+        "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
+    ),
 }
 _TAKE_FOLDER = (COCOEvaluator, COCOPanopticEvaluator, LVISEvaluator, SemSegEvaluator)
 
@@ -60,7 +84,8 @@ def build_evaluator(
         output_folder (str or None): where results are written, see :func:`inference_folder`.
 
     Raises:
-        ConfigError: if the ``evaluator_type`` is unknown.
+        ConfigError: if the ``evaluator_type`` is unknown, or the evaluator needs a package that is
+            not installed.
     """
     folder = inference_folder(cfg, dataset_name, output_folder)
     evaluators = []
@@ -69,6 +94,12 @@ def build_evaluator(
         if evaluator is COCOEvaluator:
             options["max_dets_per_image"] = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
             options["kpt_oks_sigmas"] = cfg.TEST.KEYPOINT_OKS_SIGMAS
+            # A dataset that is not a COCO file is converted to one. The file of an earlier run may
+            # hold other annotations.
+            options["allow_cached_coco"] = False
+        elif evaluator is SemSegEvaluator:
+            options["sem_seg_loading_fn"] = _read_labels
+        _prepare_package(evaluator, dataset_name)
         evaluators.append(evaluator(dataset_name, **options))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
@@ -78,11 +109,14 @@ def check_evaluators(cfg: CfgNode) -> None:
     Check before a run that ``DATASETS.TEST`` can be evaluated.
 
     Raises:
-        ConfigError: if an ``evaluator_type`` is unknown, or the number of keypoints is not that of
-            ``TEST.KEYPOINT_OKS_SIGMAS``.
+        ConfigError: if an ``evaluator_type`` is unknown, a package that it needs is missing, or the
+            number of keypoints is not that of ``TEST.KEYPOINT_OKS_SIGMAS``.
     """
     for name in cfg.DATASETS.TEST:
-        if COCOEvaluator in _EVALUATORS[_evaluator_type(name)] and cfg.MODEL.KEYPOINT_ON:
+        evaluators = _EVALUATORS[_evaluator_type(name)]
+        for evaluator in evaluators:
+            _prepare_package(evaluator, name)
+        if COCOEvaluator in evaluators and cfg.MODEL.KEYPOINT_ON:
             number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's
             if sigmas != number:
@@ -100,3 +134,41 @@ def _evaluator_type(dataset_name: str) -> str:
             f"one of {', '.join(_EVALUATORS)}."
         )
     return kind
+
+
+def _prepare_package(evaluator: Type[DatasetEvaluator], dataset_name: str) -> None:
+    """Import the package of an evaluator, and make it work with the NumPy that is installed."""
+    if evaluator not in _PACKAGES:
+        return
+    package, command = _PACKAGES[evaluator]
+    if package == "cityscapesscripts":
+        # Its modules look for the ground truth when they are imported, see
+        # CityscapesSemSegEvaluator.evaluate.
+        root = os.path.join(MetadataCatalog.get(dataset_name).gt_dir, "..", "..")
+        os.environ["CITYSCAPES_DATASET"] = os.path.abspath(root)
+    try:
+        modules = [
+            importlib.import_module(m) for m in _MODULES_FOR_OLD_NUMPY.get(package, (package,))
+        ]
+    except ImportError as e:
+        raise ConfigError(
+            f"DATASETS.TEST names {dataset_name!r}, whose evaluation needs the package {package} "
+            f"({e}); install it ({command}), or set DATASETS.TEST to []."
+        ) from e
+    for module in modules:
+        if getattr(module, "np", None) is np:
+            vars(module)["np"] = _numpy_with_old_names()
+
+
+def _numpy_with_old_names() -> ModuleType:
+    """A copy of NumPy's module with the names that it has removed, for one module of others."""
+    module = ModuleType("numpy")
+    vars(module).update(float=float, in1d=lambda *a, **k: np.isin(*a, **k).ravel())
+    vars(module).update(vars(np))
+    return module
+
+
+def _read_labels(filename: str, dtype: Any = None) -> np.ndarray:
+    """Read an image of labels. Detectron2's own function fails with NumPy 2."""
+    with PathManager.open(filename, "rb") as f, Image.open(f) as image:
+        return np.array(image, dtype=dtype)
