@@ -130,6 +130,9 @@ def test_resumes_where_it_stopped(folder):
     "args, message",
     [
         (["OUTPUT_DIR", "{run}"], "holds another run.*--resume"),
+        (["OUTPUT_DIR", "{run}/metrics.json"], "OUTPUT_DIR is .*metrics.json"),
+        (["OUTPUT_DIR", "{run}/metrics.json/new"], "OUTPUT_DIR is .*metrics.json/new"),
+        (["INPUT.FORMAT", "L", "OUTPUT_DIR", "{new}"], "INPUT.FORMAT is 'L', which has 1 channel"),
         (["--eval-only", "OUTPUT_DIR", "{new}"], "MODEL.WEIGHTS is empty"),
         (
             ["--eval-only", "MODEL.WEIGHTS", "{run}/metrics.json", "OUTPUT_DIR", "{new}"],

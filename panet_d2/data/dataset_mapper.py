@@ -11,8 +11,9 @@ from detectron2.data.transforms import Augmentation, ResizeShortestEdge, Transfo
 from fvcore.transforms.transform import Transform
 
 from .._detectron2 import AnnotationHook
+from ..check_config import CHANNELS
 from ..config import read_choice
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .augmentation import ResizeShortestEdgePerBatch
 from .worker_signals import leave_sigterm_to_parent
 
@@ -26,6 +27,13 @@ class NamedImageMapper(AnnotationHook):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
         ret = super().from_config(cfg, is_train)
+        channels, mean = CHANNELS.get(cfg.INPUT.FORMAT), cfg.MODEL.PIXEL_MEAN
+        if channels is not None and channels != len(mean):
+            raise ConfigError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, which has {channels} channels, but "
+                f"MODEL.PIXEL_MEAN is {list(mean)}; PIXEL_MEAN and PIXEL_STD must have one number "
+                "for each channel."
+            )
         if is_train and read_choice(cfg, "INPUT.SAME_SIZE_PER_BATCH", (True, False)):
             ret["augmentations"] = [
                 ResizeShortestEdgePerBatch(

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Iterable, Optional, Sequence
 
+import detectron2.utils.comm as comm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -14,10 +15,14 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
 from torch import nn
 from yaml import YAMLError
 
+from ..build import build
+from ..check_config import check_values, flatten
 from ..checkpoint import StrictCheckpointer
+from ..checkpoint.strict_checkpoint import first_line
 from ..config import add_panet_config
 from ..data import setup_datasets
 from ..errors import ConfigError
+from .config_file import merge_config_file
 
 logger = logging.getLogger("panet_d2")
 
@@ -27,7 +32,8 @@ def read_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     Merge Detectron2's and PANet's keys with a YAML file and overrides.
 
     Args:
-        config_file (str): path of the file; "" for none.
+        config_file (str): path of the file, see
+            :func:`panet_d2.engine.config_file.find_config_file`; "" for none.
         opts (iterable[str]): overrides, KEY VALUE KEY VALUE …
 
     Raises:
@@ -38,12 +44,15 @@ def read_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     cfg.MODEL.DEVICE = ""
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
+            merge_config_file(cfg, config_file)
         cfg.merge_from_list(list(opts))
+    except ConfigError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, AssertionError, YAMLError) as e:
         # fvcore and yacs raise all of these. Each message names the file or the key.
         what = " ".join([config_file, *opts]).strip()
         raise ConfigError(f"{what}: {e.args[0] if isinstance(e, KeyError) else e}") from e
+    check_values(cfg)
     return cfg
 
 
@@ -59,7 +68,7 @@ def setup_config(
             :func:`panet_d2.data.setup_datasets`.
 
     Returns:
-        CfgNode: not frozen. If ``MODEL.DEVICE`` is not given, it is "cuda" or, without a CUDA
+        CfgNode: not frozen. If ``MODEL.DEVICE`` is "" or not given, it is "cuda" or, without a CUDA
         device, "cpu".
 
     Raises:
@@ -71,15 +80,37 @@ def setup_config(
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         if cfg.MODEL.DEVICE == "cpu":
             logger.warning("No CUDA device found and MODEL.DEVICE not set: running on the CPU.")
-    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch finds no CUDA device; set 'cpu'."
-        )
+    check_device(cfg)
     if "TRAIN" in needed and cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("SOLVER.AMP.ENABLED is True; on the CPU it must be False.")
     _check_roi_heads(cfg)
     setup_datasets(cfg, needed)
     return cfg
+
+
+def check_device(cfg: CfgNode) -> None:
+    """
+    Check that ``MODEL.DEVICE`` works, and that the norms work on it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    device = cfg.MODEL.DEVICE
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError …
+        reason = first_line(e).split(". ")[0].split(" (")[0][:200]
+        raise ConfigError(
+            f"MODEL.DEVICE is {device!r}, which PyTorch cannot use here ({reason}); set 'cpu', or "
+            "'' for CUDA if there is a device."
+        ) from e
+    if torch.device(device).type != "cuda" and comm.get_world_size() > 1:
+        for key, value in flatten(cfg):
+            if key.endswith(".NORM") and value == "SyncBN":
+                raise ConfigError(
+                    f"{key} is 'SyncBN', which needs CUDA in several processes; set "
+                    "'naiveSyncBN', which works on the CPU."
+                )
 
 
 def _check_roi_heads(cfg: CfgNode) -> None:
@@ -122,7 +153,7 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
     """
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     use_final = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
-    model = build_model(cfg).eval()
+    model = build("the model", build_model, cfg).eval()
     load_strict(model, final if use_final else cfg.MODEL.WEIGHTS)
     return model
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import tempfile
 from typing import Any, Dict, Optional, Sequence
 
 import detectron2.utils.comm as comm
@@ -11,12 +14,17 @@ from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils.logger import setup_logger
 
+from ..build import build
 from ..cli import run
-from ..errors import CheckpointError, PanetError
+from ..errors import CheckpointError, ConfigError, PanetError
 from ..evaluation import check_evaluators
+from .config_file import find_config_file
 from .defaults import latest_checkpoint, load_strict, setup_config
-from .launch import launch
+from .launch import FREE_PORT, launch
+from .resume import changed_keys
 from .trainer import Trainer
+
+logger = logging.getLogger("panet_d2")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -31,9 +39,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         DataError: if a dataset cannot be used.
         CheckpointError: if ``OUTPUT_DIR`` holds another run.
     """
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file)  # default_setup logs its content
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
+    _check_output_folder(cfg.OUTPUT_DIR)
     Trainer.check_test_aug(cfg)
     check_evaluators(cfg)
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
@@ -41,9 +52,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run; continue that run with --resume, or "
             "set OUTPUT_DIR to another folder."
         )
-    default_setup(cfg, args)
+    changes = changed_keys(cfg) if args.resume and not args.eval_only else {}
+    default_setup(cfg, args)  # replaces config.yaml
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="panet_d2")
+    if changes:
+        text = ", ".join(f"{key} {value!r} (was {old!r})" for key, (value, old) in changes.items())
+        logger.warning(f"This run continues with other config values than it had so far: {text}.")
     return cfg
+
+
+def _check_output_folder(folder: str) -> None:
+    """Raise a ConfigError if ``OUTPUT_DIR`` cannot be written to."""
+    if not comm.is_main_process() or "://" in folder:
+        return
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        tempfile.TemporaryFile(dir=folder or ".").close()
+    except OSError as e:
+        raise ConfigError(
+            f"OUTPUT_DIR is {folder!r}, which cannot be used as a folder to write to ({e}); set "
+            "another one."
+        ) from e
 
 
 def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
@@ -55,7 +84,7 @@ def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     """
     cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        model = build("the model", Trainer.build_model, cfg)
         resumed = latest_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
         load_strict(model, resumed or cfg.MODEL.WEIGHTS)
         results = Trainer.test(cfg, model)
@@ -76,6 +105,9 @@ def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or evaluate with Detectron2's arguments, by default ``sys.argv``; return the status."""
-    args = default_argument_parser().parse_args(argv)
+    parser = default_argument_parser()
+    # Detectron2's default is one port per user, so that a second job would fail.
+    parser.set_defaults(dist_url=FREE_PORT)
+    args = parser.parse_args(argv)
     # Not OSError, because a bug in a user's own augmentation or evaluator may raise it.
     return run(launch, train_or_evaluate, args, errors=(PanetError,))

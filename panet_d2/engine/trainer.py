@@ -7,7 +7,7 @@ import os
 import weakref
 from collections import OrderedDict
 from math import isfinite
-from typing import Iterable, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
 
 import detectron2.utils.comm as comm
 import torch
@@ -16,6 +16,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     GeneralizedRCNN,
@@ -28,6 +29,8 @@ from detectron2.utils.env import TORCH_VERSION
 from torch import nn
 
 from .._detectron2 import LossHook, TrainingLoop, restart_precise_bn
+from ..build import build
+from ..check_config import check_values
 from ..checkpoint import RunCheckpointer, StrictCheckpointer
 from ..config import read_choice
 from ..data import NamedImageMapper
@@ -37,6 +40,7 @@ from ..errors import ConfigError, TrainingDiverged
 from ..evaluation import build_evaluator
 from .defaults import latest_checkpoint, load_strict
 from .hooks import StopOnSignal
+from .resume import apply_settings, check_groups, settings
 
 logger = logging.getLogger("panet_d2")
 
@@ -46,6 +50,18 @@ def _remember(loader: Iterable[List[dict]], current: List[dict]) -> Iterator[Lis
     for batch in loader:
         current[:] = batch
         yield batch
+
+
+def _warn_of_frozen(model: nn.Module) -> None:
+    """Warn if random weights would never be trained."""
+    frozen = sum(not p.requires_grad for p in model.parameters())
+    if frozen or any(isinstance(m, FrozenBatchNorm2d) for m in model.modules()):
+        logger.warning(
+            "MODEL.WEIGHTS is empty, so training starts from random weights, but %d parameters "
+            "are frozen and will stay random. To train from scratch, set MODEL.BACKBONE.FREEZE_AT "
+            "to 0 and MODEL.RESNETS.NORM to another norm than FrozenBN, such as GN.",
+            frozen,
+        )
 
 
 class _FiniteLosses(LossHook):
@@ -88,16 +104,17 @@ class Trainer(TrainingLoop):
         # A copy of DefaultTrainer.__init__, which has no methods to override for the loop, the DDP
         # model and the checkpointer.
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        check_values(cfg)
+        cfg = build("the trainer", DefaultTrainer.auto_scale_workers, cfg, comm.get_world_size())
+        model = build("the model", self.build_model, cfg)
+        optimizer = build("the optimizer", self.build_optimizer, cfg, model)
         self._batch: List[dict] = []  # the current batch
-        loader = _remember(self.build_train_loader(cfg), self._batch)
+        loader = _remember(build("the training loader", self.build_train_loader, cfg), self._batch)
         parallel = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **parallel)
         loop = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
         self.loop = loop(model, loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.scheduler = build("the schedule", self.build_lr_scheduler, cfg, optimizer)
         self.checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -173,19 +190,40 @@ class Trainer(TrainingLoop):
         return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=fused)
 
     @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Detectron2's, without ``SOLVER.STEPS`` that are not reached."""
+        cfg, steps = cfg.clone(), cfg.SOLVER.STEPS
+        cfg.defrost()
+        # Detectron2 leaves out the steps after MAX_ITER, and fails at a step that is equal.
+        cfg.SOLVER.STEPS = [step for step in steps if step < cfg.SOLVER.MAX_ITER]
+        if len(cfg.SOLVER.STEPS) < len(steps):
+            logger.warning(
+                "SOLVER.STEPS is %s and SOLVER.MAX_ITER is %d: steps from MAX_ITER on are ignored.",
+                list(steps),
+                cfg.SOLVER.MAX_ITER,
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode, start: int = 0) -> Iterable[List[dict]]:
         """See :func:`panet_d2.data.train_loader.build_train_loader`."""
         return build_train_loader(cfg, NamedImageMapper(cfg, True), start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[List[dict]]:
-        return build_detection_test_loader(cfg, dataset_name, mapper=NamedImageMapper(cfg, False))
+        def loader(cfg: CfgNode) -> Iterable[List[dict]]:
+            mapper = NamedImageMapper(cfg, False)
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+        return build("the test loader", loader, cfg)
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
-        return build_evaluator(cfg, dataset_name, output_folder)
+        return build("the evaluator", build_evaluator, cfg, dataset_name, output_folder)
 
     @classmethod
     def check_test_aug(cls, cfg: CfgNode) -> None:
@@ -220,6 +258,21 @@ class Trainer(TrainingLoop):
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
 
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """
+        Load the state of a run. The config's learning rate, weight decay and so on stay.
+
+        Raises:
+            CheckpointError: if the state is of another optimizer.
+        """
+        loop, optimizer = state_dict["_trainer"], self.loop.optimizer
+        check_groups(loop["optimizer"]["param_groups"], optimizer.param_groups)
+        if isinstance(self.loop, AMPTrainer):
+            loop.setdefault("grad_scaler", self.loop.grad_scaler.state_dict())
+        configured = settings(optimizer)
+        super().load_state_dict(state_dict)
+        apply_settings(optimizer, configured, self.scheduler)
+
     def resume_or_load(self, resume: bool = True) -> None:
         """
         Args:
@@ -237,6 +290,8 @@ class Trainer(TrainingLoop):
             checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             return
         super().resume_or_load(resume)
+        if not self.start_iter:
+            _warn_of_frozen(model)
         if self.start_iter:
             self.loop.reset_data_loader(
                 lambda: _remember(self.build_train_loader(self.cfg, self.start_iter), self._batch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from panet_d2.engine import Predictor, setup_config
+from panet_d2.engine import Predictor, defaults, setup_config
 from panet_d2.errors import CheckpointError, ConfigError
 
 from ..common import batch, tiny_cfg
@@ -19,6 +19,7 @@ class TestSetupConfig:
     @pytest.mark.parametrize("cuda", [True, False])
     def test_device_that_is_there(self, monkeypatch, caplog, cuda):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(defaults, "check_device", lambda cfg: None)
         with caplog.at_level(logging.WARNING, "panet_d2"):
             logging.getLogger("panet_d2").propagate = True
             device = setup_config("").MODEL.DEVICE
@@ -28,12 +29,25 @@ class TestSetupConfig:
     def test_device_that_is_named(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert setup_config("", ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
-        with pytest.raises(ConfigError, match="MODEL.DEVICE is 'cuda'.*'cpu'"):
-            setup_config("", ["MODEL.DEVICE", "cuda"])
         with pytest.raises(ConfigError, match="SOLVER.AMP.ENABLED"):
             setup_config("", ["SOLVER.AMP.ENABLED", "True"])
         # What was trained so can be evaluated and used there all the same.
         assert setup_config("", ["SOLVER.AMP.ENABLED", "True"], needed=()).SOLVER.AMP.ENABLED
+
+    @pytest.mark.parametrize("device", ["cuda:99", "mps:3", "gpu", "meta", "cpu:x"])
+    def test_device_that_does_not_work(self, device):
+        with pytest.raises(ConfigError, match=f"MODEL.DEVICE is '{device}'.*'cpu'") as caught:
+            setup_config("", ["MODEL.DEVICE", device])
+        assert len(str(caught.value)) < 350
+
+    @pytest.mark.parametrize("key", ["MODEL.FPN.NORM", "MODEL.RESNETS.NORM"])
+    def test_norm_that_needs_gpus(self, monkeypatch, key):
+        opts = ["MODEL.DEVICE", "cpu", key, "SyncBN"]
+        setup_config("", opts)  # as BN in one process
+        monkeypatch.setattr(defaults.comm, "get_world_size", lambda: 2)
+        with pytest.raises(ConfigError, match=f"{key} is 'SyncBN'.*naiveSyncBN"):
+            setup_config("", opts)
+        setup_config("", [*opts[:3], "naiveSyncBN"])
 
     @pytest.mark.parametrize("head", ["BOX", "MASK", "KEYPOINT"])
     def test_pooling_that_nothing_would_do(self, head):

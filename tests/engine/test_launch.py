@@ -15,6 +15,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from panet_d2.engine import launch
+from panet_d2.errors import ConfigError
 
 from ..common import ROOT, tiny_cfg, write_coco
 
@@ -123,7 +124,7 @@ def results(folder):
 def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
     """Trained by two; evaluated by two, at the end of training, and by one."""
     command = ("train_net.py", "--config-file", config_file, "OUTPUT_DIR", tmp_path / "run")
-    finish(start(command[0], "--num-gpus", 2, "--dist-url", "auto", *command[1:]))
+    finish(start(command[0], "--num-gpus", 2, *command[1:]))
     two = results(tmp_path / "run")
     weights = ("MODEL.WEIGHTS", tmp_path / "run/model_final.pth")
     output = finish(start(*command[:3], "--eval-only", *weights, "OUTPUT_DIR", tmp_path / "one"))
@@ -143,7 +144,6 @@ def test_sigterm_saves_and_stops(config_file, tmp_path, processes, workers):
     opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 100, "SOLVER.CHECKPOINT_PERIOD", 1000)
     opts += ("DATALOADER.NUM_WORKERS", workers)
     command = ("train_net.py", "--config-file", config_file, "--num-gpus", processes)
-    command += ("--dist-url", "auto")  # two jobs at once need two ports
     whole = start(*command, *opts, "OUTPUT_DIR", tmp_path / "whole")
     stopped = start(*command, *opts, "OUTPUT_DIR", tmp_path / "stopped")
     wait_for_steps(tmp_path / "stopped", stopped)
@@ -163,7 +163,7 @@ def test_sigterm_saves_and_stops(config_file, tmp_path, processes, workers):
 
 
 def test_mistakes_are_one_sentence_in_several_processes(tmp_path):
-    command = ("train_net.py", "--config-file", "lost.yaml", "--num-gpus", 2, "--dist-url", "auto")
+    command = ("train_net.py", "--config-file", "lost.yaml", "--num-gpus", 2)
     output = finish(start(*command), 1)
     assert "error: lost.yaml" in output and "Traceback" not in output
 
@@ -174,6 +174,38 @@ def wait_for_steps(folder, process, timeout=300):
     while not (path.is_file() and path.read_text()):
         assert process.poll() is None and time.time() < until, output_of(process)[-3000:]
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--num-gpus", "0"], "--num-gpus is 0"),
+        (["--num-machines", "0"], "--num-machines is 0"),
+        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank is 2.*from 0 to 1"),
+        (["--num-machines", "2", "--dist-url", "auto"], "--dist-url is missing"),
+        (["--num-gpus", "2", "--dist-url", "localhost:1"], "'localhost:1'.*tcp://HOST:PORT"),
+        (["--num-gpus", "2", "--dist-url", "tcp://localhost"], "tcp://HOST:PORT"),
+        (["--num-gpus", "2", "--dist-url", "tcp://localhost:99999"], "tcp://HOST:PORT"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(args, message):
+    with pytest.raises(ConfigError, match=message):
+        launch(None, default_argument_parser().parse_args(args))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--num-gpus is 2.*has 1 GPU"):
+        launch(None, default_argument_parser().parse_args(["--num-gpus", "2"]))
+
+
+def test_port_of_another_job():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--dist-url is '{url}'.*another port"):
+            launch(None, default_argument_parser().parse_args(["--num-gpus=2", "--dist-url", url]))
 
 
 def test_one_process_is_this_one():

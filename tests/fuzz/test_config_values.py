@@ -48,7 +48,6 @@ WORDS = {
 def everything_on() -> CfgNode:
     """A model that reads every key."""
     return tiny_cfg(
-        *("MODEL.DEVICE", "meta"),  # parameters without values: nothing is run here
         *("MODEL.KEYPOINT_ON", True),
         *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16, 24]),
         *("MODEL.ROI_KEYPOINT_HEAD.AFP.ENABLED", True),
@@ -62,6 +61,7 @@ def use(cfg: CfgNode) -> None:
     without_keypoints = cfg.clone()  # whose names it would take from a data set
     without_keypoints.MODEL.KEYPOINT_ON = False
     NamedImageMapper(without_keypoints, True)
+    cfg.MODEL.DEVICE = "meta"  # parameters without values: nothing is run here
     with torch.device("meta"):
         build_model(cfg)
     Trainer.build_optimizer(cfg, nn.Linear(1, 1))
