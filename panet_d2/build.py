@@ -24,6 +24,7 @@ _STDLIB = sysconfig.get_path("stdlib")
 _BUILDERS = {"detectron2", "panet_d2"}
 # Functions that read a value for their caller.
 _ACCESSORS = ("__getattr__", "__getitem__", "get", "read_choice")
+_MOST_LETTERS = 300
 # More keys than these are no help.
 _MOST_KEYS = 8
 
@@ -74,6 +75,7 @@ def _explain(
     text = " ".join(str(error.args[0] if error.args else "").split())
     if not text:  # a bare assertion
         text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    text = text.split(" Exception raised from ")[0][:_MOST_LETTERS]  # torch adds its C++ stack
     if isinstance(error, KeyError):
         problem = _levels_problem(cfg)
         if problem:
