@@ -17,7 +17,7 @@ from torch import nn
 from torch.onnx import symbolic_helper
 
 from ..checkpoint import atomic_open
-from ..checkpoint.strict_checkpoint import first_line
+from ..checkpoint.safe_load import first_line
 from ..config import read_choice
 from ..errors import ConfigError, ExportError
 from .verify import Agreement, blank_images
