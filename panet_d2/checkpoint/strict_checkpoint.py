@@ -114,9 +114,22 @@ class RunCheckpointer(DetectionCheckpointer):
     checkpoint before.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        categories: Sequence[Sequence[Any]] = (),
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            model, save_dir, kwargs: see :class:`DetectionCheckpointer`.
+            categories (list): as ``DATASETS.CATEGORIES``; saved beside the weights.
+        """
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = AtomicPathManager(PathManager)
+        self.categories = [list(category) for category in categories]
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
@@ -128,7 +141,7 @@ class RunCheckpointer(DetectionCheckpointer):
                 ``--resume`` continues from there.
         """
         try:
-            super().save(name, **kwargs)
+            super().save(name, categories=self.categories, **kwargs)
         except (OSError, RuntimeError) as e:
             cause = e.__context__ if isinstance(e.__context__, OSError) else e
             # On a full disk torch's zip writer (inline_container.cc) raises a RuntimeError. CUDA
