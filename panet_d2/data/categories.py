@@ -102,8 +102,9 @@ def resolve_categories(cfg: CfgNode) -> None:
 def forget_names(names: List[str]) -> None:
     """Drop the metadata of these datasets that :func:`resolve_categories` took from a config."""
     for name in _from_config.intersection(names):
-        MetadataCatalog.remove(name)
         _from_config.remove(name)
+        if name not in DatasetCatalog:  # else somebody has registered it since
+            MetadataCatalog.pop(name, None)
 
 
 def model_metadata(cfg: CfgNode) -> Metadata:

@@ -65,12 +65,12 @@ class Predictor(DefaultPredictor):
         bare = cfg.clone()
         bare.defrost()
         bare.MODEL.WEIGHTS = ""
-        if bare.INPUT.FORMAT != "RGB":
+        self.channels = len(cfg.MODEL.PIXEL_MEAN)
+        if self.channels != 3 or bare.INPUT.FORMAT != "RGB":
             bare.INPUT.FORMAT = "BGR"  # the parent knows no others
         super().__init__(bare)
         self.cfg = cfg.clone()
         self.cfg.defrost()
-        self.channels = len(cfg.MODEL.PIXEL_MEAN)
         self.takes_gray = self.channels == 1 or cfg.INPUT.FORMAT == "L"
         self._name_classes(load_strict(self.model, cfg.MODEL.WEIGHTS).get("categories"))
         self.metadata = model_metadata(self.cfg)
