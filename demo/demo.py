@@ -153,9 +153,10 @@ class Model:
         """Return the detections as ``--json`` has them. This may move the keypoints of outputs."""
         results = instances_to_coco_json(outputs["instances"].to("cpu"), image_id)
         for result in results:
-            if self.category_ids:
-                result["category_id"] = self.category_ids[result["category_id"]]
-            result["file_name"] = file_name
+            number = result["category_id"]
+            known = number < len(self.category_ids)
+            category_id = self.category_ids[number] if known else number
+            result.update(category_id=category_id, file_name=file_name)
         return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, List, Optional, Set, Tuple
 
 from detectron2.config import CfgNode
@@ -28,7 +29,7 @@ def as_categories(value: Any) -> Optional[Categories]:
 
 def read_categories(cfg: CfgNode) -> Categories:
     """Return ``DATASETS.CATEGORIES``; raise a ConfigError if it is not a list of (id, name)."""
-    value = cfg.DATASETS.CATEGORIES
+    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs do not have it
     categories = as_categories(value)
     if categories is None:
         wrong = value
@@ -47,7 +48,7 @@ def dataset_categories(name: str) -> Categories:
     """Return what the metadata of a dataset says, or [] if it has no names or no usable ids."""
     metadata = MetadataCatalog.get(name)
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    ids = {number: category_id for category_id, number in numbers.items()}
+    ids = {number: _as_int(category_id) for category_id, number in numbers.items()}
     # Detectron2 keeps no ids of LVIS's categories, which count from one.
     first = 1 if metadata.get("evaluator_type") == "lvis" else 0
     names = metadata.get("thing_classes", [])
@@ -118,6 +119,11 @@ def model_metadata(cfg: CfgNode) -> Metadata:
         return first
     fields = known[0].as_dict() if known else {}
     return Metadata(**{**fields, **_metadata(read_categories(cfg))})
+
+
+def _as_int(value: Any) -> Any:
+    """A whole number as an int, such as numpy's or 1.0; anything else as it is."""
+    return int(float(value)) if isinstance(value, Real) and float(value).is_integer() else value
 
 
 def _metadata(categories: Categories) -> dict:

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
+from ..checkpoint.strict_checkpoint import join_names
 from ..data.categories import as_categories, model_metadata, read_categories, resolve_categories
 from ..errors import DataError
 from .defaults import load_strict
@@ -86,8 +87,8 @@ class Predictor(DefaultPredictor):
             logger.warning(
                 "%s was trained for the classes %s, but config and data name them %s.",
                 self.cfg.MODEL.WEIGHTS,
-                ", ".join(name for _, name in theirs),
-                ", ".join(name for _, name in ours),
+                join_names([name for _, name in theirs]),
+                join_names([name for _, name in ours]),
             )
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
@@ -142,11 +143,12 @@ class Predictor(DefaultPredictor):
         if image is None:
             return "None, which cv2.imread returns for a file that it cannot read"
         if not isinstance(image, np.ndarray):
-            found = f"a {type(image).__name__}"
+            kind = type(image).__name__
             if isinstance(image, (str, os.PathLike)):
-                return f"the {type(image).__name__} {os.fspath(image)!r}"
-            shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-            return found + (f" of {dtype} and shape {tuple(shape)}" if shape is not None else "")
+                return f"the {kind} {os.fspath(image)!r}"
+            has_shape = hasattr(image, "shape") and hasattr(image, "dtype")
+            details = f" ({image.dtype}, shape {tuple(image.shape)})" if has_shape else ""
+            return f"of type {kind}{details}"
         found = f"an array of {image.dtype} and shape {image.shape}"
         color = self.takes_gray or self.channels == 3
         channels = (1, 3) if self.takes_gray else (self.channels,)

@@ -1,5 +1,6 @@
 """Names and ids of the classes, from the dataset to the run's config and back."""
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -94,6 +95,14 @@ def test_values_that_cannot_be(value, message):
     cfg.DATASETS.CATEGORIES = value
     with pytest.raises(ConfigError, match=f"DATASETS.CATEGORIES {message}|{message}"):
         read_categories(cfg)
+
+
+def test_ids_of_other_types():
+    MetadataCatalog.get("numpy_ids").set(
+        thing_classes=["a", "b"], thing_dataset_id_to_contiguous_id={np.int64(7): 1, 9.0: 0}
+    )
+    assert dataset_categories("numpy_ids") == [(9, "a"), (7, "b")]
+    MetadataCatalog.pop("numpy_ids")
 
 
 def test_datasets_of_detectron2():

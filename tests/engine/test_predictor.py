@@ -53,6 +53,13 @@ def test_predicts(config_file, tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
+def test_stock_config(tmp_path):
+    """Without the keys of this package."""
+    cfg = weights(tiny_cfg(), tmp_path)
+    del cfg.DATASETS["CATEGORIES"]
+    assert "instances" in Predictor(cfg)(picture())
+
+
 def test_refuses_weights_of_another_model(config_file, tmp_path):
     cfg = setup_config(config_file)
     stock = tiny_cfg("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
@@ -103,10 +110,13 @@ WANTED = "it must be a uint8 BGR array of shape (H, W, 3)."
         (picture() / 255, "with values from 0 to 1, not 0 to 255"),
         (picture().astype(np.float32) - 128, "with values from -128 to 127, not 0 to 255"),
         (picture() * np.nan, "with values from nan to nan"),
-        (torch.from_numpy(picture()), "a Tensor of torch.uint8 and shape (40, 60, 3)"),
-        (Image.fromarray(picture()), "the image is a Image"),
-        (picture().tolist(), "the image is a list"),
-        ([picture()], "the image is a list"),
+        (
+            torch.from_numpy(picture()),
+            "of type Tensor (torch.uint8, shape (40, 60, 3));",
+        ),
+        (Image.fromarray(picture()), "the image is of type Image;"),
+        (picture().tolist(), "the image is of type list;"),
+        ([picture()], "the image is of type list;"),
     ],
 )
 def test_other_inputs(predictor, image, message):
