@@ -21,19 +21,19 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
-from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
+from matplotlib import font_manager, rcParams
 from PIL import Image
 from tqdm import tqdm
 
 from panet_d2 import cli
 from panet_d2.checkpoint import atomic_open
+from panet_d2.data.image_file import read_image_file
 from panet_d2.engine import Predictor, setup_config
-from panet_d2.errors import DataError
+from panet_d2.errors import ConfigError, DataError
 
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 # Codecs for each kind of video, best first: which of them work depends on the build of OpenCV.
@@ -71,6 +71,36 @@ def say(message: str) -> None:
     tqdm.write(" ".join(message.split()), file=sys.stderr)
 
 
+def drawable(names: Sequence[str], numbers: Sequence[int]) -> List[str]:
+    """
+    Let matplotlib use an installed font that has the letters of these names. Return the names,
+    but, and say so, a number instead of each name whose letters the font lacks.
+    """
+
+    def lacking(path: str) -> List[str]:
+        try:
+            letters = font_manager.get_font(path).get_charmap().keys()
+        except Exception:  # fonts that matplotlib cannot draw, such as colored emoji
+            return list(names)
+        return [name for name in names if not set(map(ord, f"{name}0%")) <= letters]
+
+    # Detectron2 draws with this family, of which matplotlib takes the first font that is there.
+    path = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
+    lost = lacking(path)
+    for path in sorted(font_manager.findSystemFonts()) if lost else ():
+        if len(lacking(path)) < len(lost):
+            lost = lacking(path)
+            font_manager.fontManager.addfont(path)
+            family = font_manager.get_font(path).family_name
+            rcParams["font.sans-serif"] = [family, *rcParams["font.sans-serif"]]
+    if lost:
+        say(
+            f"no installed font can draw {', '.join(lost)}, so pictures have the numbers of these "
+            "categories; install a font with their letters, such as Noto Sans CJK for Chinese"
+        )
+    return [str(n) if name in lost else name for name, n in zip(names, numbers)]
+
+
 class Model:
     """A model with what it takes to draw and to write down its output."""
 
@@ -80,16 +110,29 @@ class Model:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
+        channels = len(cfg.MODEL.PIXEL_MEAN)
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"MODEL.PIXEL_MEAN has {channels} values, but the demo's images have colors or "
+                "grays; give your own arrays to panet_d2.engine.Predictor."
+            )
         self.predictor = Predictor(cfg)
-        known = MetadataCatalog.get(cfg.DATASETS.TEST[0]).as_dict() if cfg.DATASETS.TEST else {}
+        categories = self.predictor.cfg.DATASETS.CATEGORIES
+        self.category_ids = [category_id for category_id, _ in categories]
+        known = self.predictor.metadata.as_dict()
         if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":  # whose output is not drawn without names
             for kind, node in (("thing", cfg.MODEL.ROI_HEADS), ("stuff", cfg.MODEL.SEM_SEG_HEAD)):
                 known.setdefault(f"{kind}_classes", [str(i) for i in range(node.NUM_CLASSES)])
+        if not categories:
+            say(
+                "category ids count from 0, because neither the dataset nor DATASETS.CATEGORIES "
+                "nor the weights have the names and ids of the classes"
+            )
+        if args.output or not args.json:
+            for key, ids in (("thing_classes", self.category_ids), ("stuff_classes", [])):
+                if key in known:
+                    known[key] = drawable(known[key], ids or range(len(known[key])))
         self.metadata = Metadata(**known)
-        numbers = known.get("thing_dataset_id_to_contiguous_id", {})
-        self.category_ids = {number: category_id for category_id, number in numbers.items()}
-        # Detectron2 keeps no numbers of LVIS's categories, which count from one.
-        self.first_id = 1 if known.get("evaluator_type") == "lvis" else 0
         # From frame to frame, an object keeps its color.
         self.video = None if args.input else VideoVisualizer(self.metadata)
 
@@ -111,7 +154,8 @@ class Model:
         results = instances_to_coco_json(outputs["instances"].to("cpu"), image_id)
         for result in results:
             number = result["category_id"]
-            category_id = self.category_ids.get(number, number + self.first_id)
+            known = number < len(self.category_ids)
+            category_id = self.category_ids[number] if known else number
             result.update(category_id=category_id, file_name=file_name)
         return results
 
@@ -138,9 +182,9 @@ def read_images(paths: Sequence[str], failed: List[str]) -> Iterator[Tuple[str, 
     """Yield (image_id, file name, BGR image), and add what cannot be read to ``failed``."""
     for path in paths:
         try:
-            image = read_image(path, format="BGR")
-        except Exception as e:  # the decoders raise nearly anything when a file is broken
-            say(f"cannot read image {path}: {e or type(e).__name__}")
+            image = read_image_file(path)
+        except DataError as e:
+            say(str(e))
             failed.append(path)
         else:
             yield path, path, image
@@ -238,7 +282,14 @@ def predict(args: argparse.Namespace) -> int:
     model, writer, results = Model(args), cv2.VideoWriter(), []
     try:
         for image_id, name, image in tqdm(items, total=total or None, disable=not to_write):
-            outputs = model.predictor(image)
+            try:
+                outputs = model.predictor(image)
+            except DataError as e:
+                if not args.input:  # the next frame is no better
+                    raise
+                say(f"cannot use image {name}: {e}")
+                failed.append(name)
+                continue
             if args.output and args.input:
                 picture = Image.fromarray(model.draw(image, outputs)[:, :, ::-1])
                 picture.save(files[name], quality=95)

@@ -34,7 +34,7 @@ def restart_precise_bn(hook: hooks.PreciseBN) -> None:
 
 
 class LoadHooks(DetectionCheckpointer):
-    """A checkpointer whose two steps of loading can be overridden: only these raise and report."""
+    """A checkpointer whose steps of loading can be overridden: only these raise and report."""
 
     path_manager: Any
 
@@ -42,12 +42,19 @@ class LoadHooks(DetectionCheckpointer):
         """Return what a local file holds."""
         return super()._load_file(filename)
 
+    def read_torch_file(self, filename: str) -> Any:
+        """Return what a local file of :func:`torch.save` holds; part of :meth:`read_file`."""
+        return super()._torch_load(filename)
+
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
         """Load ``checkpoint["model"]``; return fvcore's account of what did not match."""
         return super()._load_model(checkpoint)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         return self.read_file(filename)
+
+    def _torch_load(self, filename: str) -> Any:
+        return self.read_torch_file(filename)
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         return self.load_weights(checkpoint)

@@ -87,6 +87,10 @@ def add_panet_config(cfg: CN) -> None:
     # ("datasets" if it is not set). The file determines class names and evaluator, and the number
     # of classes if MODEL.ROI_HEADS.NUM_CLASSES (or MODEL.RETINANET.NUM_CLASSES) is 0.
     _C.DATASETS.REGISTER_COCO = ()
+    # The dataset's id and the name of each class, in the model's order: a list of [id, name]. Set
+    # from the first dataset of TEST and TRAIN that has names, and kept in a run's config.yaml for
+    # where the dataset is not at hand. If both are there, the names must be the same.
+    _C.DATASETS.CATEGORIES = ()
     # Read every image of REGISTER_COCO's datasets before training starts, so that a broken one is
     # named then and not hours later.
     _C.DATASETS.CHECK_IMAGES = True

@@ -25,7 +25,7 @@ def test_everything_is_off():
         False
     ] * 3
     assert cfg.MODEL.BACKBONE.NAME == get_cfg().MODEL.BACKBONE.NAME
-    assert cfg.DATASETS.REGISTER_COCO == ()
+    assert cfg.DATASETS.REGISTER_COCO == cfg.DATASETS.CATEGORIES == ()
 
 
 def test_heads_do_not_share_a_node():

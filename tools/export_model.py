@@ -11,6 +11,7 @@ from typing import List, Optional
 from detectron2.modeling import build_model
 
 from panet_d2 import cli
+from panet_d2.build import build
 from panet_d2.engine import load_strict, setup_config
 from panet_d2.export import FORMATS, check_exportable, export_model, sample_images
 
@@ -43,7 +44,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     cfg = setup_config(args.config_file, args.opts, needed=() if args.images else ("TEST",))
     check_exportable(cfg, args.format)
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
+    model = build("the model", build_model, cfg)
     load_strict(model, cfg.MODEL.WEIGHTS)
     images = sample_images(cfg, args.images)
     os.makedirs(args.output, exist_ok=True)

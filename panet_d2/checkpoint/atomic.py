@@ -23,7 +23,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
     """
     unfinished = path + ".part"
     try:
-        with open(unfinished, mode) as f:
+        with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())  # otherwise the name can reach the disk before the content

@@ -7,6 +7,7 @@ from typing import Iterable, List, Optional, Sequence
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from ..build import build
 from ..errors import CheckpointError
 from .calibration import calibrate
 from .mask_rcnn import warm_start
@@ -56,7 +57,7 @@ def convert(
     cpu_cfg = cfg.clone()
     cpu_cfg.defrost()
     cpu_cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cpu_cfg).state_dict()
+    model = build("the model", build_model, cpu_cfg).state_dict()
     try:
         if kind == "mask-rcnn":
             result = warm_start(weights, model, cfg.MODEL.ROI_MASK_HEAD.FC_FUSION.RELU)
@@ -76,7 +77,7 @@ def convert(
 
 def _calibrate(result: Conversion, cfg: CfgNode, inputs: Iterable[List[dict]]) -> None:
     """Calibrate the copied layers of a warm start, and note it in the account."""
-    model = build_model(cfg)
+    model = build("the model", build_model, cfg)
     model.load_state_dict(result.state)
     copied = {row.target.split(".")[1] for row in result.rows if row.action == "copied"}
     calibrate(model, inputs, copied)

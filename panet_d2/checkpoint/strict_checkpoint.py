@@ -12,6 +12,7 @@ from torch import nn
 from .._detectron2 import LoadHooks
 from ..errors import CheckpointError
 from .atomic import AtomicPathManager
+from .safe_load import find_weights, first_line, load_untrusted
 
 
 class StrictCheckpointer(LoadHooks):
@@ -67,10 +68,26 @@ class StrictCheckpointer(LoadHooks):
         return super().load(path, *args, **kwargs)
 
     def read_file(self, filename: str) -> Dict[str, Any]:
-        try:
-            return super().read_file(filename)
-        except Exception as e:  # torch, pickle and zipfile each raise their own
-            raise CheckpointError(f"{filename} is not a checkpoint: {first_line(e)}") from e
+        if not filename.endswith(".pkl"):
+            try:
+                return super().read_file(filename)
+            except CheckpointError:
+                raise
+            except Exception as e:  # e.g. of pycls, whose reader is Detectron2's
+                raise CheckpointError(f"{filename} is not a checkpoint: {first_line(e)}.") from e
+        content = load_untrusted(filename)
+        weights = find_weights(
+            {"model": content["blobs"]} if "blobs" in content else content, filename
+        )
+        if "blobs" in content or weights is content:  # of Caffe2
+            weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        return {**content, "model": weights}
+
+    def read_torch_file(self, filename: str) -> Dict[str, Any]:
+        content = load_untrusted(filename)
+        weights = find_weights(content, filename)
+        return weights if weights is content else {**content, "model": weights}
 
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super().load_weights(checkpoint)
@@ -97,9 +114,22 @@ class RunCheckpointer(DetectionCheckpointer):
     checkpoint before.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        categories: Sequence[Sequence[Any]] = (),
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            model, save_dir, kwargs: see :class:`DetectionCheckpointer`.
+            categories (list): as ``DATASETS.CATEGORIES``; saved beside the weights.
+        """
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = AtomicPathManager(PathManager)
+        self.categories = [list(category) for category in categories]
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
@@ -111,7 +141,7 @@ class RunCheckpointer(DetectionCheckpointer):
                 ``--resume`` continues from there.
         """
         try:
-            super().save(name, **kwargs)
+            super().save(name, categories=self.categories, **kwargs)
         except (OSError, RuntimeError) as e:
             cause = e.__context__ if isinstance(e.__context__, OSError) else e
             # On a full disk torch's zip writer (inline_container.cc) raises a RuntimeError. CUDA
@@ -159,8 +189,3 @@ def join_names(names: Sequence[str]) -> str:
     """Join up to 20 names for an error: "a, b and 3 more"."""
     rest = len(names) - 20
     return ", ".join(names[:20]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

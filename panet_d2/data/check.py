@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..config import read_choice
 from ..errors import DataError
 from .check_annotations import Problem, check_annotations
+from .image_file import is_deep
 
 logger = logging.getLogger("panet_d2")
 
@@ -139,8 +140,7 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
     except Exception as e:
         return [Problem(path, "image cannot be read", f"{type(e).__name__}: {e}")]
     problems = []
-    if mode.startswith(("I", "F")):
-        # Values above 255 would become white.
+    if is_deep(mode):
         detail = f"Pillow's mode {mode}; scale it to 8 bits first"
         problems.append(Problem(path, "image has more than 8 bits per channel", detail))
     height, width = pixels.shape[:2]

@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import read_choice
 from ..errors import ConfigError, DataError
+from .categories import forget_names, read_categories, resolve_categories
 from .check import check_annotations, forget_images, keep_images, read_coco, refuse_errors
 from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
 
@@ -127,7 +128,8 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
 def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
     Register the datasets of ``DATASETS.REGISTER_COCO``, check those that are used against the
-    config, and set the number of classes if it is 0. All processes of a job must call this.
+    config, set the number of classes if it is 0, and resolve ``DATASETS.CATEGORIES``. All processes
+    of a job must call this.
 
     Args:
         cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`; changed in place.
@@ -147,6 +149,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
     # Only train() of the main process reads the images, see check_training_images.
     keep = "TRAIN" in needed and cfg.DATASETS.CHECK_IMAGES is True and comm.is_main_process()
     forget_images()
+    forget_names([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     read: Dict[str, _CocoFile] = {}  # by path, because two names may share a file
     files: Dict[str, _CocoFile] = {}
     for name, json_file, image_root in coco_entries(cfg):
@@ -181,6 +184,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             if keep:
                 keep_images(name, content["images"])
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    resolve_categories(cfg)
 
 
 def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
@@ -295,6 +299,14 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
                 f"{key} must be {len(known)}, or 0 to take it from the data."
             )
     _check_class_names(classes)
+    kept = read_categories(cfg)
+    if kept and not classes:
+        node.NUM_CLASSES = node.NUM_CLASSES or len(kept)
+        if node.NUM_CLASSES != len(kept):
+            raise ConfigError(
+                f"{key} is {node.NUM_CLASSES}, but DATASETS.CATEGORIES has {len(kept)} classes; "
+                "both must be of the model's dataset."
+            )
     if node.NUM_CLASSES < 1:
         raise ConfigError(
             f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 if DATASETS names a dataset "

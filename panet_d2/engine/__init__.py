@@ -1,12 +1,11 @@
 from .defaults import (
-    Predictor,
     latest_checkpoint,
-    load_run,
     load_strict,
     read_config,
     setup_config,
 )
 from .launch import launch
+from .predictor import Predictor, load_run
 from .trainer import Trainer
 
 __all__ = [

@@ -1,24 +1,21 @@
-"""Config, checkpoint loading and predictor, shared by ``train_net.py``, the demo and the tools."""
+"""Config and checkpoint loading, shared by ``train_net.py``, the demo and the tools."""
 
 from __future__ import annotations
 
 import logging
-import os
-from typing import Iterable, Optional, Sequence
+from typing import Any, Dict, Iterable, Optional, Sequence
 
 import detectron2.utils.comm as comm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import DefaultPredictor
-from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import nn
 from yaml import YAMLError
 
-from ..build import build
 from ..check_config import check_values, flatten
 from ..checkpoint import StrictCheckpointer
-from ..checkpoint.strict_checkpoint import first_line
+from ..checkpoint.safe_load import first_line
 from ..config import add_panet_config
 from ..data import setup_datasets
 from ..errors import ConfigError
@@ -126,59 +123,20 @@ def _check_roi_heads(cfg: CfgNode) -> None:
             )
 
 
-def load_strict(model: nn.Module, weights: str) -> None:
+def load_strict(model: nn.Module, weights: str) -> Dict[str, Any]:
     """
     Load a checkpoint into the model, in place. Every name and shape must match.
 
     Args:
         weights (str): path or URL, as in ``MODEL.WEIGHTS``.
 
+    Returns:
+        dict: what the checkpoint has beside the weights.
+
     Raises:
         CheckpointError: if the checkpoint does not match or cannot be read.
     """
-    StrictCheckpointer(model).load(weights, checkpointables=[])
-
-
-def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
-    """
-    Build the model of a finished run for inference.
-
-    Args:
-        cfg (CfgNode): the run's ``config.yaml``.
-        opts (sequence[str]): the overrides in ``cfg``. The weights are ``MODEL.WEIGHTS`` if it is
-            overridden or if ``OUTPUT_DIR`` has no ``model_final.pth``, else ``model_final.pth``.
-
-    Raises:
-        CheckpointError: see :func:`load_strict`.
-    """
-    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    use_final = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
-    model = build("the model", build_model, cfg).eval()
-    load_strict(model, final if use_final else cfg.MODEL.WEIGHTS)
-    return model
-
-
-class Predictor(DefaultPredictor):
-    """
-    A :class:`DefaultPredictor` that rejects weights that do not match the model. Call it with a BGR
-    image of shape (H, W, 3) to get the model's output for that image.
-    """
-
-    def __init__(self, cfg: CfgNode):
-        """
-        Args:
-            cfg (CfgNode): the config of the model; ``MODEL.WEIGHTS`` is its checkpoint.
-
-        Raises:
-            CheckpointError: see :func:`load_strict`.
-            ConfigError: if a value cannot be used.
-        """
-        without_weights = cfg.clone()
-        without_weights.defrost()
-        without_weights.MODEL.WEIGHTS = ""
-        super().__init__(without_weights)
-        self.cfg = cfg.clone()
-        load_strict(self.model, cfg.MODEL.WEIGHTS)
+    return StrictCheckpointer(model).load(weights, checkpointables=[])
 
 
 def latest_checkpoint(output_dir: str) -> Optional[str]:

@@ -115,7 +115,12 @@ class Trainer(TrainingLoop):
         loop = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
         self.loop = loop(model, loader, optimizer)
         self.scheduler = build("the schedule", self.build_lr_scheduler, cfg, optimizer)
-        self.checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            categories=cfg.DATASETS.CATEGORIES,
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

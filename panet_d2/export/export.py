@@ -17,7 +17,7 @@ from torch import nn
 from torch.onnx import symbolic_helper
 
 from ..checkpoint import atomic_open
-from ..checkpoint.strict_checkpoint import first_line
+from ..checkpoint.safe_load import first_line
 from ..config import read_choice
 from ..errors import ConfigError, ExportError
 from .verify import Agreement, blank_images
@@ -81,7 +81,7 @@ def export_model(
     Write a model to a file, and check that the file finds the same objects in some images. An
     older file of that name is removed first. If the check fails, no file is left.
 
-    The file takes one image, a float32 tensor of shape (3, H, W) for any H and W, from 0 to 255 in
+    The file takes one image, a float32 tensor of shape (C, H, W) for any H and W, from 0 to 255 in
     the config's ``INPUT.FORMAT``. It normalizes and pads the image, and returns in this order, for
     N detections (N may be 0):
 
@@ -93,7 +93,7 @@ def export_model(
     Args:
         model (nn.Module): a GeneralizedRCNN or RetinaNet on the CPU, see :func:`check_exportable`.
             Switched to evaluation mode.
-        images (sequence[Tensor]): of shape (3, H, W), preferably of several sizes, see
+        images (sequence[Tensor]): of shape (C, H, W), preferably of several sizes, see
             :func:`sample_images`. The model must find something in one of them.
         path (str): the file to write.
         format (str): one of :data:`FORMATS`. ONNX is run in onnxruntime.

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 
 from ..data import first_test_set, spread_evenly
-from ..errors import DataError
+from ..data.image_file import read_image_file
+from ..errors import ConfigError, DataError
 
 # How much the outputs for one detection may differ: boxes and keypoints in pixels (a keypoint's
 # score by that share of it), scores and masks as probabilities.
@@ -106,31 +106,37 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
         count (int): minimum number of images. Fewer files are repeated at other sizes.
 
     Returns:
-        list[Tensor]: of shape (3, H, W), float32 from 0 to 255, in ``INPUT.FORMAT``. The first has
+        list[Tensor]: of shape (C, H, W), float32 from 0 to 255, in ``INPUT.FORMAT``. The first has
         the size for testing, the next two are smaller.
 
     Raises:
-        ConfigError: if there are neither files nor a dataset.
-        DataError: if an image cannot be read.
+        ConfigError: if there are neither files nor a dataset, or images have other channels than
+            the model.
+        DataError: if an image cannot be used.
     """
     if not files:
         dicts = get_detection_dataset_dicts([first_test_set(cfg)], filter_empty=False)
         files = [record["file_name"] for record in spread_evenly(dicts, count)]
-    images = []
+    images, channels = [], len(cfg.MODEL.PIXEL_MEAN)
     for i in range(max(count, len(files))):
         file = files[i % len(files)]
-        try:
-            image = read_image(file, format=cfg.INPUT.FORMAT)
-        except (OSError, SyntaxError) as e:  # SyntaxError for some broken PNGs
-            raise DataError(f"cannot use image {file}: {e}") from e
+        image = read_image_file(file, cfg.INPUT.FORMAT)
+        if image.shape[2] != channels:
+            raise ConfigError(
+                f"MODEL.PIXEL_MEAN has {channels} values, but images in INPUT.FORMAT "
+                f"{cfg.INPUT.FORMAT!r} have {image.shape[2]} channels; only models of such images "
+                "can be checked."
+            )
         short = round(cfg.INPUT.MIN_SIZE_TEST * _SCALES[i % len(_SCALES)])
         resize = ResizeShortestEdge(short, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
+        if not (getattr(resize, "new_h", 1) and getattr(resize, "new_w", 1)):
+            raise DataError(f"cannot use image {file}: it is too narrow to be resized.")
         image = resize.apply_image(image).astype("float32")
         images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
     return images
 
 
 def blank_images(mean: torch.Tensor) -> List[torch.Tensor]:
-    """Return three images (3, H, W): of the mean colour, a (3, 1, 1) tensor; black; and white."""
-    size = (3, 96, 160)
+    """Return three images (C, H, W): of the mean colour, a (C, 1, 1) tensor; black; and white."""
+    size = (len(mean), 96, 160)
     return [mean.expand(size).clone(), torch.zeros(size), torch.full(size, 255.0)]

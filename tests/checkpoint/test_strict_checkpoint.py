@@ -1,6 +1,8 @@
+import argparse
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,54 @@ def test_not_a_checkpoint(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} is not a checkpoint"):
         StrictCheckpointer(Model()).load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+def test_what_is_not_data_beside_the_weights(tmp_path, name):
+    """As in mmengine's checkpoints; a .pkl with names of its own is not taken for Caffe2's."""
+    state = {k: v.numpy() for k, v in Model().state_dict().items()}
+    content = {"model": state, "args": argparse.Namespace(lr=0.1), "best": np.float64(0.4)}
+    if name.endswith("pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / name)
+    model = Model()
+    StrictCheckpointer(model).load(str(tmp_path / name))
+    assert all(torch.equal(v, torch.as_tensor(state[k])) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("blobs", [True, False])
+def test_arrays_of_caffe2(tmp_path, blobs):
+    """Detectron2 converts their names, as it does for ImageNet's R-50.pkl."""
+    arrays = {"conv1_w": np.ones((2, 2), np.float32), "conv1_b_momentum": np.ones(2)}
+    content = {"blobs": arrays, "cfg": "text"} if blobs else arrays
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    model = nn.Sequential()
+    model.add_module("stem", nn.Sequential())
+    model.stem.add_module("conv1", nn.Linear(2, 2, bias=False))
+    StrictCheckpointer(model).load(str(tmp_path / "model.pkl"))
+    assert model.stem.conv1.weight.tolist() == [[1, 1], [1, 1]]
+
+
+def test_bare_and_wrapped_state_dicts(tmp_path):
+    state = Model().half().state_dict()
+    for content in (
+        state,
+        {"state_dict": state},
+        {"model": None, "ema": state},
+        {"model": {f"module.{k}": v for k, v in state.items()}},
+    ):
+        torch.save(content, tmp_path / "model.pth")
+        model = Model()
+        StrictCheckpointer(model).load(str(tmp_path / "model.pth"))
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name].to(value.dtype)), name
+
+
+def test_a_whole_module(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"model.pth holds a whole module \(torch"):
+        StrictCheckpointer(Model()).load(str(tmp_path / "model.pth"))
 
 
 def test_matching_heuristics(path):

@@ -324,7 +324,7 @@ def test_data_that_is_not_needed_may_be_missing(data):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
     with pytest.raises(ConfigError, match="NUM_CLASSES is 4.*'squares_train' has 3"):
         setup_datasets(cfg, needed=[])
-    cfg.DATASETS.TEST = ["lost_train"]
+    cfg.DATASETS.TEST, cfg.DATASETS.CATEGORIES = ["lost_train"], []
     setup_datasets(cfg, needed=[])
 
 

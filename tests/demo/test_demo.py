@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,11 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
@@ -210,6 +214,134 @@ def test_unreadable_images_are_skipped(model, images, tmp_path, capfd):
     assert err.rstrip().endswith("3 of 6 inputs could not be used")
     assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "b.png", "c.bmp"]
     assert len({r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())}) == 3
+
+
+def test_unusable_images_are_skipped(model, images, tmp_path, capfd, caplog):
+    """What the decoder takes, but the model cannot: resized to nothing, or of 16 bits."""
+    Image.fromarray(np.zeros((2, 4000, 3), np.uint8)).save(images / "narrow.png")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(images / "deep.png")
+    pages = [Image.fromarray(_picture(seed)) for seed in range(3)]
+    pages[0].save(images / "pages.tif", save_all=True, append_images=pages[1:])
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
+    assert cli.run(demo.main, [*argv, "--json", str(tmp_path / "r.json")]) == 1
+    err = capfd.readouterr().err
+    assert f"cannot use image {images / 'narrow.png'}: the image of 4000x2 pixels is too" in err
+    assert f"cannot use image {images / 'deep.png'}: it has more than 8 bits per channel" in err
+    assert f"{images / 'pages.tif'} has 3 pages, only the first is used" in caplog.text
+    assert err.rstrip().endswith("2 of 6 inputs could not be used")
+    names = ["a.jpg", "b.png", "c.bmp", "pages.tif"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert sorted({os.path.basename(r["image_id"]) for r in results}) == names
+
+
+@pytest.fixture
+def gray_model(model, tmp_path):
+    cfg = _config(tmp_path)
+    opts = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0], "MODEL.PIXEL_STD", [60.0]]
+    cfg.merge_from_list(opts)
+    _save_model(cfg, tmp_path / "gray.pth")
+    return [*map(str, opts), "MODEL.WEIGHTS", str(tmp_path / "gray.pth")]
+
+
+def test_one_channel(model, gray_model, images, tmp_path):
+    Image.fromarray(_picture(1)[:, :, 0]).save(images / "gray.png")
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
+    assert cli.run(demo.main, [*argv, "--opts", *gray_model]) == 0
+    assert len(os.listdir(tmp_path / "out")) == 4
+    _assert_is_drawing(tmp_path / "out" / "b.png", _picture(0))
+
+
+def test_one_channel_video(model, gray_model, video, tmp_path):
+    argv = [*model, "--video-input", str(video), "--output", str(tmp_path / "out.avi")]
+    assert cli.run(demo.main, [*argv, "--opts", *gray_model]) == 0
+    assert len(_read_video(tmp_path / "out.avi")[0]) == 3
+
+
+def test_other_channels(model, images, tmp_path, capfd):
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out"), "--opts"]
+    opts = ["MODEL.PIXEL_MEAN", "[1.0, 1.0, 1.0, 1.0]", "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0, 1.0]"]
+    assert cli.run(demo.main, [*argv, *opts]) == 1
+    _assert_error(capfd, "MODEL.PIXEL_MEAN has 4 values", "panet_d2.engine.Predictor")
+
+
+def _without_data(model, tmp_path, categories):
+    """The command line of a run whose dataset is not at hand."""
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    cfg.merge_from_file(model[1])
+    cfg.DATASETS.REGISTER_COCO, cfg.DATASETS.TEST = (), ("gone_demo_data",)
+    cfg.DATASETS.CATEGORIES = categories
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    return ["--config-file", str(tmp_path / "config.yaml")]
+
+
+@pytest.mark.parametrize("where", ["train", "config", "checkpoint", "nowhere"])
+def test_json_has_the_ids_that_are_known(model, images, tmp_path, capfd, where):
+    categories = [[i, f"class-{i}"] for i in CATEGORY_IDS]
+    argv = _without_data(model, tmp_path, categories if where == "config" else ())
+    opts = []
+    if where == "train":
+        argv = model
+        opts = ["DATASETS.TEST", "()", "DATASETS.TRAIN", f"('{DATASET}',)"]
+    elif where == "checkpoint":
+        content = torch.load(Path(model[1]).with_name("model.pth"))
+        torch.save({**content, "categories": categories}, tmp_path / "run.pth")
+        opts = ["MODEL.WEIGHTS", str(tmp_path / "run.pth")]
+    argv = [*argv, "--input", str(images / "a.jpg"), "--json", str(tmp_path / "r.json")]
+    assert cli.run(demo.main, [*argv, "--opts", *opts]) == 0
+    ids = {r["category_id"] for r in json.loads((tmp_path / "r.json").read_text())}
+    assert ids == ({0} if where == "nowhere" else {CATEGORY_IDS[0]})
+    said = capfd.readouterr().err.count("category ids count from 0")
+    assert said == (where == "nowhere")
+
+
+CHINESE = "\u7ec6\u80de"
+
+
+def _draw_chinese(model, images, tmp_path, monkeypatch, fonts):
+    monkeypatch.setattr(demo.font_manager, "findSystemFonts", lambda: fonts)
+    monkeypatch.setitem(demo.rcParams, "font.sans-serif", ["DejaVu Sans"])
+    argv = _without_data(model, tmp_path, [[7, CHINESE], [9, "spot"]])
+    argv += ["--input", str(images / "a.jpg"), "--output", str(tmp_path / "out.png")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cli.run(demo.main, argv) == 0
+    assert not [w for w in caught if "Glyph" in str(w.message)]
+    return np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+
+
+def test_names_that_no_font_can_draw(model, images, tmp_path, monkeypatch, capfd):
+    _draw_chinese(model, images, tmp_path, monkeypatch, fonts=[])
+    err = capfd.readouterr().err
+    assert err.count(f"no installed font can draw {CHINESE}, so pictures have the numbers") == 1
+    assert "spot" not in err
+
+
+def test_names_that_another_font_can_draw(model, images, tmp_path, monkeypatch, capfd):
+    without = _draw_chinese(model, images, tmp_path, monkeypatch, fonts=[])
+    capfd.readouterr()
+    builder = FontBuilder(1000, isTTF=True)
+    letters = {ord(c): f"u{ord(c)}" for c in f"{CHINESE}spot0123456789% "}
+    pen = TTGlyphPen(None)
+    for i, point in enumerate([(0, 0), (0, 700), (900, 700), (900, 0)]):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    names = [".notdef", *letters.values()]
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(letters)
+    builder.setupGlyf({name: pen.glyph() for name in names})
+    builder.setupHorizontalMetrics({name: (1000, 0) for name in names})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Demo Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "squares.ttf")
+    (tmp_path / "broken.ttf").write_text("no font")
+    fonts = [str(tmp_path / "broken.ttf"), str(tmp_path / "squares.ttf")]
+    drawn = _draw_chinese(model, images, tmp_path, monkeypatch, fonts)
+    assert "font" not in capfd.readouterr().err
+    assert (drawn != without).any()
 
 
 def test_one_unreadable_image(model, tmp_path, capfd):
@@ -449,8 +581,11 @@ def test_other_outputs(model, tmp_path, monkeypatch, is_video, kind):
         instances.pred_keypoints = keypoints.clone()
 
     class FakePredictor:
+        metadata = Metadata()
+
         def __init__(self, cfg):
             assert cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH == 0.25
+            self.cfg = cfg
 
         def __call__(self, image):
             outputs = {"instances": instances}

@@ -2,12 +2,9 @@ import logging
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 
-from panet_d2.engine import Predictor, defaults, setup_config
-from panet_d2.errors import CheckpointError, ConfigError
-
-from ..common import batch, tiny_cfg
+from panet_d2.engine import defaults, setup_config
+from panet_d2.errors import ConfigError
 
 
 class TestSetupConfig:
@@ -79,26 +76,3 @@ class TestSetupConfig:
         path.write_text("MODEL: [unclosed\n")
         with pytest.raises(ConfigError, match="typo.yaml"):
             setup_config(str(path))
-
-
-class TestPredictor:
-    def test_predicts(self, config_file, tmp_path):
-        cfg = setup_config(config_file, ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"])
-        model = build_model(cfg).eval()
-        cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-        torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
-        cfg.freeze()
-        image = batch(1)[0]["image"].permute(1, 2, 0).byte().numpy()
-        predictor = Predictor(cfg)
-        assert predictor(image)["instances"].pred_masks.shape[1:] == image.shape[:2]
-        assert predictor.cfg.MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
-        for name, value in predictor.model.state_dict().items():
-            assert torch.equal(value, model.state_dict()[name]), name
-
-    def test_refuses_weights_of_another_model(self, config_file, tmp_path):
-        cfg = setup_config(config_file)
-        stock = tiny_cfg("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
-        cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-        torch.save({"model": build_model(stock).state_dict()}, cfg.MODEL.WEIGHTS)
-        with pytest.raises(CheckpointError, match="missing from it: backbone.pafpn_"):
-            Predictor(cfg)

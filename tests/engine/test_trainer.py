@@ -69,6 +69,12 @@ class TestTrainer:
         with pytest.raises(CheckpointError, match="1 missing from it: .*res5.0.conv2.weight"):
             Trainer(cfg).resume_or_load(resume=False)
 
+    def test_checkpoints_have_the_names_of_the_classes(self, config_file):
+        cfg = setup_config(config_file)
+        Trainer(cfg).checkpointer.save("model_0000000", iteration=0)
+        content = torch.load(latest_checkpoint(cfg.OUTPUT_DIR), weights_only=True)
+        assert content["categories"] == [[1, "class0"], [2, "class1"], [3, "class2"]]
+
     def test_does_not_resume_into_another_model(self, config_file):
         cfg = setup_config(config_file)
         trainer = Trainer(cfg)

@@ -120,3 +120,26 @@ def test_blank_images():
     mean = torch.tensor([1.0, 2, 3])[:, None, None]
     first, *others = blank_images(mean)
     assert (first - mean).abs().max() == 0 and all(o.unique().numel() == 1 for o in others)
+
+
+def test_sample_images_of_one_channel(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 96, 3), 9, np.uint8))
+    cfg = tiny_cfg("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [9.0], "MODEL.PIXEL_STD", [1.0])
+    assert [i.shape[0] for i in sample_images(cfg, [str(tmp_path / "a.png")])] == [1, 1, 1]
+    assert [i.shape for i in blank_images(torch.tensor([[[9.0]]]))] == [(1, 96, 160)] * 3
+    cfg.MODEL.PIXEL_MEAN = [9.0] * 4
+    with pytest.raises(ConfigError, match="PIXEL_MEAN has 4 values, but images .*'L' have 1"):
+        sample_images(cfg, [str(tmp_path / "a.png")])
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (np.zeros((4, 12000, 3), np.uint8), "a.png: it is too narrow"),
+        (np.zeros((40, 60), np.uint16), "a.png: it has more than 8 bits per channel"),
+    ],
+)
+def test_sample_images_that_cannot_be_used(tmp_path, picture, message):
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    with pytest.raises(DataError, match=message):
+        sample_images(tiny_cfg(), [str(tmp_path / "a.png")])

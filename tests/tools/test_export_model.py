@@ -49,6 +49,22 @@ def test_both_formats(run, capsys):
     assert str(run / "out/model.onnx") in printed
 
 
+def test_one_channel(run, capsys):
+    """Its images are gray, those of the check as well."""
+    opts = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0], "MODEL.PIXEL_STD", [60.0]]
+    model = build_model(tiny_cfg(*opts))
+    model.roi_heads.box_predictor.cls_score.weight.data.mul_(30)
+    torch.save({"model": model.state_dict()}, run / "model.pth")
+    assert export(run, "--format", "torchscript", "--opts", *map(str, opts)) == 0
+    assert written(run) == ["model.ts"]
+
+
+def test_unusable_weights(run, capsys):
+    (run / "model.pth").write_text("<!DOCTYPE html>")
+    assert export(run, "--format", "torchscript") == 1
+    assert "model.pth is not a checkpoint: it is a web page" in capsys.readouterr().err
+
+
 def test_given_images(run, capsys):
     """Then no data set is needed."""
     image = next((run / "squares/images").iterdir())

@@ -1,0 +1,135 @@
+"""Ids and names of the categories, which a run keeps in its config and checkpoints."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, List, Optional, Set, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+
+from ..errors import ConfigError
+
+Categories = List[Tuple[int, str]]  # (dataset's id, name) of each class, in the model's order
+
+# Datasets that are not registered, whose metadata comes from a config.
+_from_config: Set[str] = set()
+
+
+def as_categories(value: Any) -> Optional[Categories]:
+    """Return a list of (id, name), or None if ``value`` is not one."""
+    if not isinstance(value, (list, tuple)):
+        return None
+    for item in value:
+        if not isinstance(item, (list, tuple)) or [type(part) for part in item] != [int, str]:
+            return None
+    return [(item[0], item[1]) for item in value]
+
+
+def read_categories(cfg: CfgNode) -> Categories:
+    """Return ``DATASETS.CATEGORIES``; raise a ConfigError if it is not a list of (id, name)."""
+    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs do not have it
+    categories = as_categories(value)
+    if categories is None:
+        wrong = value
+        if isinstance(value, (list, tuple)):
+            wrong = next(item for item in value if as_categories([item]) is None)
+        raise ConfigError(
+            f"DATASETS.CATEGORIES has {wrong!r}; it must be a list of [id, name], a whole number "
+            "and a text."
+        )
+    if len({category_id for category_id, _ in categories}) < len(categories):
+        raise ConfigError("DATASETS.CATEGORIES has an id twice; each class must have its own.")
+    return categories
+
+
+def dataset_categories(name: str) -> Categories:
+    """Return what the metadata of a dataset says, or [] if it has no names or no usable ids."""
+    metadata = MetadataCatalog.get(name)
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    ids = {number: _as_int(category_id) for category_id, number in numbers.items()}
+    # Detectron2 keeps no ids of LVIS's categories, which count from one.
+    first = 1 if metadata.get("evaluator_type") == "lvis" else 0
+    names = metadata.get("thing_classes", [])
+    categories: List[Any] = [[ids.get(i, i + first), str(name)] for i, name in enumerate(names)]
+    # Detectron2's "things" of some panoptic datasets include stuff, which has other ids.
+    unique = len({str(category_id) for category_id, _ in categories}) == len(categories)
+    return as_categories(categories if unique else []) or []
+
+
+def resolve_categories(cfg: CfgNode) -> None:
+    """
+    Set ``DATASETS.CATEGORIES`` from the first dataset of ``DATASETS.TEST`` and ``TRAIN`` that has
+    names. Without one, give the metadata of these datasets the names that the key has.
+
+    Args:
+        cfg (CfgNode): changed in place.
+
+    Raises:
+        ConfigError: if the key is not a list of (id, name), or its classes are not the dataset's.
+    """
+    kept = read_categories(cfg)
+    names = list(dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)))
+    forget_names(names)
+    known = {name: dataset_categories(name) for name in names}
+    name = next((name for name in names if known[name]), None)
+    if name is not None:
+        for number, (ours, theirs) in enumerate(zip(kept, known[name]), 1):
+            # A single class cannot be mistaken for another.
+            if ours[1] != theirs[1] and len(kept) > 1:
+                raise ConfigError(
+                    f"DATASETS.CATEGORIES: class {number} is {ours[1]!r}, and of dataset {name!r} "
+                    f"{theirs[1]!r}; use the data that the model was trained for, or set the key "
+                    "to [] to train for these classes."
+                )
+        if kept and len(kept) != len(known[name]):
+            raise ConfigError(
+                f"DATASETS.CATEGORIES has {len(kept)} classes, and dataset {name!r} "
+                f"{len(known[name])}; set the key to [] to take the classes from the data."
+            )
+        kept = known[name]
+        cfg.DATASETS.CATEGORIES = [list(category) for category in kept]
+    for name in names:
+        if (
+            kept
+            and name not in DatasetCatalog
+            and not MetadataCatalog.get(name).get("thing_classes")
+        ):
+            MetadataCatalog.get(name).set(**_metadata(kept))
+            _from_config.add(name)
+
+
+def forget_names(names: List[str]) -> None:
+    """Drop the metadata of these datasets that :func:`resolve_categories` took from a config."""
+    for name in _from_config.intersection(names):
+        _from_config.remove(name)
+        if name not in DatasetCatalog:  # else somebody has registered it since
+            MetadataCatalog.pop(name, None)
+
+
+def model_metadata(cfg: CfgNode) -> Metadata:
+    """
+    Return the metadata for a model's output, after :func:`resolve_categories`: that of the first
+    dataset of ``DATASETS.TEST`` and ``TRAIN`` that has names, else ``DATASETS.CATEGORIES``.
+    """
+    known = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)]
+    first = next((metadata for metadata in known if metadata.get("thing_classes")), None)
+    if first is not None:
+        return first
+    fields = known[0].as_dict() if known else {}
+    return Metadata(**{**fields, **_metadata(read_categories(cfg))})
+
+
+def _as_int(value: Any) -> Any:
+    """A whole number as an int, such as numpy's or 1.0; anything else as it is."""
+    return int(float(value)) if isinstance(value, Real) and float(value).is_integer() else value
+
+
+def _metadata(categories: Categories) -> dict:
+    if not categories:
+        return {}
+    return {
+        "thing_classes": [name for _, name in categories],
+        "thing_dataset_id_to_contiguous_id": {c: i for i, (c, _) in enumerate(categories)},
+    }

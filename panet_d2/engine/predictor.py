@@ -1,0 +1,169 @@
+"""Models for prediction, from a config and its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Dict, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from PIL import Image
+from torch import nn
+
+from ..build import build
+from ..checkpoint.strict_checkpoint import join_names
+from ..data.categories import as_categories, model_metadata, read_categories, resolve_categories
+from ..errors import DataError
+from .defaults import load_strict
+
+_COLORS = ("BGR", "RGB")  # what the parent makes of a BGR image itself
+
+logger = logging.getLogger("panet_d2")
+
+
+def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
+    """
+    Build the model of a finished run for inference.
+
+    Args:
+        cfg (CfgNode): the run's ``config.yaml``.
+        opts (sequence[str]): the overrides in ``cfg``. The weights are ``MODEL.WEIGHTS`` if it is
+            overridden or if ``OUTPUT_DIR`` has no ``model_final.pth``, else ``model_final.pth``.
+
+    Raises:
+        CheckpointError: see :func:`load_strict`.
+    """
+    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    use_final = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
+    model = build("the model", build_model, cfg).eval()
+    load_strict(model, final if use_final else cfg.MODEL.WEIGHTS)
+    return model
+
+
+class Predictor(DefaultPredictor):
+    """
+    A :class:`DefaultPredictor` that rejects weights that do not match the model, and images that it
+    would misread.
+
+    Attributes:
+        cfg (CfgNode): the config; its ``DATASETS.CATEGORIES`` has the ids and names of the classes,
+            if the dataset, the config or the checkpoint knows them.
+        metadata (Metadata): the names of the classes as Detectron2's visualizers read them.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg (CfgNode): the config of the model; ``MODEL.WEIGHTS`` is its checkpoint.
+
+        Raises:
+            CheckpointError: see :func:`load_strict`.
+            ConfigError: if a value cannot be used.
+        """
+        bare = cfg.clone()
+        bare.defrost()
+        bare.MODEL.WEIGHTS = ""
+        self.channels = len(cfg.MODEL.PIXEL_MEAN)
+        if self.channels != 3 or bare.INPUT.FORMAT != "RGB":
+            bare.INPUT.FORMAT = "BGR"  # the parent knows no others
+        build("the model", super().__init__, bare)
+        self.cfg = cfg.clone()
+        self.cfg.defrost()
+        self.takes_gray = self.channels == 1 or cfg.INPUT.FORMAT == "L"
+        self._name_classes(load_strict(self.model, cfg.MODEL.WEIGHTS).get("categories"))
+        self.metadata = model_metadata(self.cfg)
+
+    def _name_classes(self, in_checkpoint: Any) -> None:
+        """Set ``DATASETS.CATEGORIES``; if nothing else names the classes, from the checkpoint."""
+        resolve_categories(self.cfg)
+        ours, theirs = read_categories(self.cfg), as_categories(in_checkpoint) or []
+        if theirs and not ours:
+            self.cfg.DATASETS.CATEGORIES = [list(category) for category in theirs]
+            resolve_categories(self.cfg)
+        elif len(theirs) > 1 and [name for _, name in theirs] != [name for _, name in ours]:
+            logger.warning(
+                "%s was trained for the classes %s, but config and data name them %s.",
+                self.cfg.MODEL.WEIGHTS,
+                join_names([name for _, name in theirs]),
+                join_names([name for _, name in ours]),
+            )
+
+    def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
+        """
+        Args:
+            original_image (np.ndarray): a uint8 BGR image of shape (H, W, 3); float32 and float64
+                from 0 to 255 are possible. A model of one channel takes shapes (H, W) and
+                (H, W, 1), too. A model of other channels takes its own, of shape (H, W, C).
+
+        Returns:
+            dict: the model's output for the image, see :class:`DefaultPredictor`.
+
+        Raises:
+            DataError: if it is anything else, has no pixels, or is too narrow to be resized.
+        """
+        image = self._check(original_image)
+        resize = self.aug.get_transform(image)
+        height, width = getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)
+        if not (height and width):
+            size = "x".join(str(side) for side in image.shape[1::-1])
+            raise DataError(
+                f"the image of {size} pixels is too narrow: INPUT.MIN_SIZE_TEST "
+                f"{self.cfg.INPUT.MIN_SIZE_TEST} and INPUT.MAX_SIZE_TEST "
+                f"{self.cfg.INPUT.MAX_SIZE_TEST} resize it to {width}x{height}."
+            )
+        return super().__call__(image)
+
+    def _check(self, image: Any) -> np.ndarray:
+        """Return an image as :class:`DefaultPredictor` handles it, or raise a DataError."""
+        if self.takes_gray and isinstance(image, np.ndarray) and image.ndim == 2:
+            image = image[:, :, None]
+        problem = self._problem(image)
+        if problem:
+            wanted = f"an array of shape (H, W, {self.channels}) in the model's own channels"
+            if self.takes_gray:
+                wanted = "a uint8 array of shape (H, W) or (H, W, 1), or a BGR one of (H, W, 3)"
+            elif self.channels == 3:
+                wanted = "a uint8 BGR array of shape (H, W, 3)"
+            raise DataError(f"the image is {problem}; it must be {wanted}.")
+        if not self.takes_gray and self.channels != 3:
+            # Pillow, with which the parent resizes uint8, has no more than four channels.
+            if image.dtype != np.uint8 or self.channels > 4:
+                image = image.astype(np.float32)
+        elif image.shape[2] == 3 and (self.takes_gray or self.cfg.INPUT.FORMAT not in _COLORS):
+            rgb = np.ascontiguousarray(image[:, :, ::-1]).round().astype(np.uint8)
+            image_format = "L" if self.takes_gray else self.cfg.INPUT.FORMAT
+            image = convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
+        return np.ascontiguousarray(image)
+
+    def _problem(self, image: Any) -> str:
+        """What is wrong with an image, as "an array of …", or ""."""
+        if image is None:
+            return "None, which cv2.imread returns for a file that it cannot read"
+        if not isinstance(image, np.ndarray):
+            kind = type(image).__name__
+            if isinstance(image, (str, os.PathLike)):
+                return f"the {kind} {os.fspath(image)!r}"
+            has_shape = hasattr(image, "shape") and hasattr(image, "dtype")
+            details = f" ({image.dtype}, shape {tuple(image.shape)})" if has_shape else ""
+            return f"of type {kind}{details}"
+        found = f"an array of {image.dtype} and shape {image.shape}"
+        color = self.takes_gray or self.channels == 3
+        channels = (1, 3) if self.takes_gray else (self.channels,)
+        if image.ndim != 3 or image.shape[2] not in channels or not image.size:
+            return found
+        if image.dtype == np.uint8:
+            return ""
+        if not color:  # in units of its own
+            return "" if image.dtype.kind in "uif" else found
+        if image.dtype not in (np.float32, np.float64):
+            return found
+        low, high = image.min(), image.max()
+        # A model whose mean and deviation are those of 0 to 1 may get such images.
+        bytes_expected = max(*self.cfg.MODEL.PIXEL_MEAN, *self.cfg.MODEL.PIXEL_STD) > 1
+        if not 0 <= low <= high <= 255 or (0 < high <= 1 and bytes_expected):
+            return f"{found} with values from {low:g} to {high:g}, not 0 to 255"
+        return ""
