@@ -20,6 +20,7 @@ MODULE = import_module("panet_d2.data.check_annotations")  # the package has a f
 NAN = float("nan")
 INF = float("inf")
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+WHOLE = [[0, 9, 31, 9, 31, 64, 0, 64]]
 
 
 class Squares:
@@ -34,7 +35,7 @@ class Squares:
             self.content = json.load(f)
 
     def annotation(self, index, **changes):
-        """Change an annotation; what is None is removed."""
+        """Change an annotation; what is None is removed. A new mask gets a box that fits."""
         annotation = {**self.content["annotations"][index], **changes}
         annotation = {k: v for k, v in annotation.items() if v is not None}
         self.content["annotations"][index] = annotation
@@ -55,6 +56,17 @@ class Squares:
 @pytest.fixture
 def squares(tmp_path):
     return Squares(tmp_path)
+
+
+def tight_box(segmentation):
+    """The box of a valid mask, as COCO has it."""
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
+        low, high = points.min(axis=0), points.max(axis=0)
+        return [*low.tolist(), *(high - low).tolist()]
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return mask_util.toBbox(segmentation).tolist()
 
 
 def brief(problems):
@@ -147,11 +159,13 @@ def test_pycocotools_gets_no_text_that_it_would_read_past(squares, what, monkeyp
 def test_nothing_to_see_needs_no_mask(squares, bbox, segmentation):
     """An annotation that is left out for its box may have a mask of nothing."""
     squares.annotation(4, bbox=bbox, segmentation=segmentation)
-    assert {p.severity for p in check_annotations(squares.content)} == {"warning"}
+    problems = check_annotations(squares.content, evaluated=False)
+    assert {p.severity for p in problems} == {"warning"}
 
 
 def test_an_outline_may_cross_itself(squares):
-    squares.annotation(4, segmentation=[[10, 10, 30, 30, 30, 10, 10, 30]])
+    outline = [[10, 10, 30, 30, 30, 10, 10, 30]]
+    squares.annotation(4, segmentation=outline, bbox=tight_box(outline))
     assert check_annotations(squares.content) == []
 
 
@@ -163,7 +177,8 @@ def test_whole_rle_is_none(squares, seed):
         mask = (rng.random((64, 96)) < probability).astype(np.uint8)
         mask[rng.integers(64), rng.integers(96)] = 1
         encoded = mask_util.encode(np.asfortranarray(mask))
-        squares.annotation(4, segmentation=rle(encoded["counts"].decode()))
+        box = mask_util.toBbox(encoded).tolist()
+        squares.annotation(4, segmentation=rle(encoded["counts"].decode()), bbox=box)
         assert check_annotations(squares.content) == []
         runs = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=0, append=2))
         runs = np.diff(runs, prepend=0).tolist()
@@ -214,7 +229,9 @@ def test_ids_of_two_kinds_have_no_order(squares, kind):
 def test_category_without_a_name(squares):
     del squares.content["categories"][1]["name"]
     assert brief(check_annotations(squares.content)) == [("error", "category 2", "has no name")]
-    with pytest.raises(DataError, match=f"{squares.json_file}: each of its categories.*name"):
+    with pytest.raises(
+        DataError, match=f"{squares.json_file} cannot be used: category 2: has no name"
+    ):
         setup_datasets(squares.config())
 
 
@@ -267,19 +284,21 @@ PARTLY_WRONG = {
     "box of no area": (lambda s: s.annotation(6, bbox=[9, 9, 0, 9]), [2, 2, 2, 1]),
     "box is outside the image": (lambda s: s.annotation(6, bbox=[96, 9, 9, 9]), [2, 2, 2, 1]),
     "box is partly outside the image": (
-        lambda s: s.annotation(6, bbox=[-9, 9, 40, 99]),
+        lambda s: s.annotation(6, bbox=[-9, 9, 40, 99], segmentation=WHOLE),
         [2, 2, 2, 2],
     ),
     "box is partly outside the image below": (
-        lambda s: s.annotation(6, bbox=[9, 40, 24, 26]),
+        lambda s: s.annotation(
+            6, bbox=[9, 40, 24, 26], segmentation=[[9, 40, 33, 40, 33, 64, 9, 64]]
+        ),
         [2, 2, 2, 2],
     ),
     "mask is partly outside the image": (
-        lambda s: s.annotation(6, segmentation=[[-9, 9, 30, 9, 30, 30]]),
+        lambda s: s.annotation(6, bbox=[0, 9, 30, 21], segmentation=[[-9, 9, 30, 9, 30, 30]]),
         [2, 2, 2, 2],
     ),
     "polygon of fewer than three points": (
-        lambda s: s.annotation(6, segmentation=[SQUARE, SQUARE[:4]]),
+        lambda s: s.annotation(6, bbox=[10, 10, 20, 20], segmentation=[SQUARE, SQUARE[:4]]),
         [2, 2, 2, 2],
     ),
     "has no annotations": (lambda s: s.content["annotations"].__delitem__(slice(6, 8)), [2, 2, 2]),
@@ -365,9 +384,10 @@ def _outline(rng, height, width):
 def _segmentation(rng, height, width):
     if rng.random() < 0.6:
         return [_outline(rng, height, width) for _ in range(rng.integers(1, 4))]
-    first, inside = rng.integers(1, [max(height, 2), max(width, 2)]).tolist()
-    runs = [first, inside, height * width - first - inside]
-    if rng.random() < 0.5 or min(runs) < 0:
+    first = int(rng.integers(height * width))
+    runs = [first, int(rng.integers(1, height * width - first + 1))]
+    runs.append(height * width - sum(runs))
+    if rng.random() < 0.5:
         return rle(runs, (height, width))
     return compressed(runs, (height, width))
 
@@ -386,10 +406,10 @@ def _random_content(rng, count):
         annotation = {
             **{"id": number, "image_id": image["id"], "category_id": int(rng.integers(1, 4))},
             **{"area": float(rng.uniform(1, 99)), "iscrowd": int(rng.random() < 0.2)},
-            "bbox": [0, 0.5, width / 2, height],
             "segmentation": _segmentation(rng, height, width),
             **{"keypoints": [1, 2.5, 2, 3, 4, 1], "num_keypoints": 2},
         }
+        annotation["bbox"] = tight_box(annotation["segmentation"])
         annotations.append(annotation)
     categories = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -523,7 +543,8 @@ def test_only_the_damaged_are_checked_exactly(squares):
     rng = np.random.default_rng(0)
     for index, annotation in enumerate(squares.content["annotations"]):
         if index % 2:
-            squares.annotation(index, segmentation=[_outline(rng, 64, 96), SQUARE])
+            polygons = [_outline(rng, 64, 96), SQUARE]
+            squares.annotation(index, segmentation=polygons, bbox=tight_box(polygons))
         else:
             squares.annotation(index, segmentation=annotation["segmentation"], ignore=0)
     assert _found(squares.content, True) == ([], 0)
