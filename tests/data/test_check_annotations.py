@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 from importlib import import_module
 
@@ -555,3 +556,140 @@ def test_only_the_damaged_are_checked_exactly(squares):
     problems, checked = _found(squares.content, True)
     assert problems == _found(squares.content, False)[0]
     assert len(problems) == checked == 3
+
+
+def _set(kind, index, **changes):
+    return lambda s: s.content[kind][index].update(changes)
+
+
+TYPES = {
+    "id is not a whole number or text (1.0)": _set("images", 0, id=1.0),
+    "id is not a whole number or text (true)": _set("images", 0, id=True),
+    "id is not a whole number or text (null)": _set("annotations", 0, id=None),
+    "id is not a whole number or text (nan)": _set("categories", 0, id=NAN),
+    "file name is not text (7)": _set("images", 0, file_name=7),
+    "has no file name": _set("images", 0, file_name=None),
+    "size is not whole numbers (64.0 x 96.0)": _set("images", 0, height=64.0, width=96.0),
+    "size is not whole numbers ('64' x '96')": _set("images", 0, height="64", width="96"),
+    "has no size (height is null, width 96)": _set("images", 0, height=None),
+    "name is not text (1)": _set("categories", 0, name=1),
+    "name is not text (true)": _set("categories", 0, name=True),
+    "unknown category (category_id is '2', which is text; categories have numbers as ids)": _set(
+        "annotations", 0, category_id="2"
+    ),
+    "unknown category (category_id is 2.0, which is not a whole number or text)": _set(
+        "annotations", 0, category_id=2.0
+    ),
+    "unknown category (category_id is null, which is not a whole number or text)": _set(
+        "annotations", 0, category_id=None
+    ),
+    "unknown category (it has no category_id)": lambda s: s.annotation(0, category_id=None),
+    "unknown category (99)": _set("annotations", 0, category_id=99),
+    "unknown image (image_id is '1', which is text; images have numbers as ids)": _set(
+        "annotations", 0, image_id="1"
+    ),
+    "unknown image (image_id is true, which is not a whole number or text)": _set(
+        "annotations", 0, image_id=True
+    ),
+    "'iscrowd' is neither 0 nor 1 ('0')": _set("annotations", 0, iscrowd="0"),
+    "area is not a number ('576')": _set("annotations", 0, area="576"),
+    "box is not four numbers ([2, 2, True, 24])": _set("annotations", 0, bbox=[2, 2, True, 24]),
+    "box is not four numbers (null)": _set("annotations", 0, bbox=None),
+    "annotation id is 0 (COCO's evaluation takes it for none; number annotations from 1)": _set(
+        "annotations", 0, id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", TYPES)
+def test_messages_show_what_is_there(squares, message):
+    TYPES[message](squares)
+    errors = [p for p in check_annotations(squares.content) if p.severity == "error"]
+    assert any(str(p).endswith(f": {message}") for p in errors)
+    cfg = squares.config()
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    with pytest.raises(DataError, match=f"{squares.json_file} cannot be used"):
+        setup_datasets(cfg)
+
+
+UNREADABLE_MASKS = {
+    "has no mask": (None, [], {}),
+    "polygon of fewer than three points": ([[]], [SQUARE[:4]], [SQUARE[:4], SQUARE], [[1, 2]]),
+    "polygon with an odd number of coordinates": ([SQUARE[:5]],),
+}
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+@pytest.mark.parametrize("what", UNREADABLE_MASKS)
+def test_masks_that_evaluation_cannot_read(squares, what, crowd):
+    """pycocotools tells polygons from boxes by the first, and reads the masks of crowds."""
+    for segmentation in UNREADABLE_MASKS[what]:
+        changed = squares.content["annotations"][4]
+        changed.update(segmentation=segmentation, iscrowd=crowd, bbox=[10, 10, 20, 20])
+        errors = [p for p in check_annotations(squares.content) if p.severity == "error"]
+        assert what in [p.what for p in errors]
+        assert {p.where for p in errors} == {"annotation 5 (image 3)"}
+        cfg = squares.config()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+        with pytest.raises(DataError, match=what):
+            setup_datasets(cfg)
+
+
+def test_training_needs_no_masks_of_crowds(squares):
+    squares.annotation(4, segmentation=None, iscrowd=1)
+    assert check_annotations(squares.content, evaluated=False) == []
+    setup_datasets(squares.config())
+
+
+def test_no_masks_at_all_is_one_error(squares):
+    for annotation in squares.content["annotations"]:
+        annotation["segmentation"] = []
+    assert check_annotations(squares.content) == []
+    [error] = check_annotations(squares.content, masks=True)
+    assert str(error) == "annotations: have no masks (MODEL.MASK_ON must be False)"
+    for split in ("TRAIN", "TEST"):
+        cfg = squares.config("DATASETS.TRAIN", [])
+        cfg.DATASETS[split] = ["checked_squares"]
+        with pytest.raises(DataError, match="instances.json has no masks; MODEL.MASK_ON must be F"):
+            setup_datasets(cfg)
+
+
+def test_category_without_annotations(squares, caplog):
+    squares.content["categories"].insert(0, {"id": 0, "name": "cells"})
+    problems = check_annotations(squares.content, evaluated=False)
+    assert list(map(str, problems)) == ["category 0 (cells): has no annotations"]
+    # A small test set may lack some.
+    assert check_annotations(squares.content, trained=False) == []
+    cfg = squares.config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    assert "category 0 (cells): has no annotations" in _logged(cfg, caplog)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+    assert _logged(cfg, caplog) == ""
+
+
+def test_categories_of_one_name(squares, caplog):
+    squares.content["categories"][2]["name"] = "class0"
+    [warning] = check_annotations(squares.content)
+    assert warning.where == "category 3 (class0)" and warning.severity == "warning"
+    assert "another category has the same name" in _logged(squares.config(), caplog)
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_nothing_to_evaluate_on(squares, caplog, crowds):
+    for annotation in squares.content["annotations"]:
+        annotation["iscrowd"] = 1
+    if not crowds:
+        squares.content["annotations"].clear()
+    [warning] = check_annotations(squares.content)
+    assert warning.what == "there are none to evaluate on" and warning.severity == "warning"
+    assert check_annotations(squares.content, evaluated=False, trained=True)[0].severity == "error"
+    cfg = squares.config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+    assert "instances.json: annotations: there are none to evaluate on" in _logged(cfg, caplog)
+
+
+def _logged(cfg, caplog):
+    caplog.clear()
+    logging.getLogger("panet_d2").propagate = True
+    with caplog.at_level(logging.WARNING, "panet_d2"):
+        setup_datasets(cfg)
+    return "\n".join(r.getMessage() for r in caplog.records)
