@@ -116,42 +116,56 @@ def check_sizes(cfg: CfgNode, content: dict, trained: bool, evaluated: bool) -> 
         list[Problem]: at most one for each image.
     """
     node, test_aug = cfg.INPUT, cfg.TEST.AUG
-    resizes: List[
-        Tuple[str, Any, int, bool]
-    ] = []  # keys, MIN_SIZE, MAX_SIZE, whether it is cropped
+    resizes: List[Tuple[str, Any, int]] = []
     if trained:
         keys = "INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN"
-        resizes.append((keys, node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.CROP.ENABLED))
+        resizes.append((keys, node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN))
     if evaluated:
         keys = "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
-        resizes.append((keys, node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, False))
+        resizes.append((keys, node.MIN_SIZE_TEST, node.MAX_SIZE_TEST))
     if evaluated and test_aug.ENABLED:
-        keys = "TEST.AUG.MIN_SIZES and MAX_SIZE"
-        resizes.append((keys, test_aug.MIN_SIZES, test_aug.MAX_SIZE, False))
+        resizes.append(("TEST.AUG.MIN_SIZES and MAX_SIZE", test_aug.MIN_SIZES, test_aug.MAX_SIZE))
     problems = []
     for image in content["images"]:
-        size = (image.get("height"), image.get("width")) if isinstance(image, dict) else ()
+        if not isinstance(image, dict):
+            continue
+        height, width = size = image.get("height", 0), image.get("width", 0)
         if [type(side) for side in size] != [int, int] or min(size) < 1:
             continue
-        for keys, sizes, longest, cropped in resizes:
-            shapes = _narrowest_crops(node.CROP, *size) if cropped else [size]
-            lost = [f"{w}x{h} by INPUT.CROP" for h, w in shapes if h * w == 0] or [
-                f"{w}x{h} by {keys}"
-                # Others keep a pixel, whatever the rounding.
-                for shape in shapes
-                if max(shape) > longest * min(shape)
-                for shortest in np.atleast_1d(sizes).tolist()
-                if shortest
-                for h, w in [ResizeShortestEdge.get_output_shape(*shape, shortest, longest)]
-                if h * w == 0
-            ]
-            if lost:
-                detail = f"{size[1]}x{size[0]} pixels become {lost[0]}; pad the image"
-                problems.append(
-                    Problem(record_name("image", image), "is resized to nothing", detail)
-                )
+        for keys, sizes, longest in resizes:
+            training = "TRAIN" in keys
+            shapes = [size]
+            if training and node.CROP.ENABLED:
+                shapes = _narrowest_crops(node.CROP, height, width)
+            nothing = _resized_to_nothing(shapes, keys, sizes, longest)
+            if nothing and not (training and _is_left_out(cfg, content, image)):
+                detail = f"{width}x{height} pixels become {nothing}; pad the image"
+                where = record_name("image", image)
+                problems.append(Problem(where, "is resized to nothing", detail))
                 break
     return problems
+
+
+def _resized_to_nothing(shapes: List[Tuple[int, int]], keys: str, sizes: Any, longest: int) -> str:
+    """Which size without pixels one of the shapes (height, width) gets, and by which keys."""
+    for shape in shapes:
+        if 0 in shape:
+            return f"{shape[1]}x{shape[0]} by INPUT.CROP"
+        if max(shape) <= longest * min(shape):  # no side gets below a pixel
+            continue
+        for shortest in filter(None, np.atleast_1d(sizes).tolist()):  # 0 switches it off
+            new = ResizeShortestEdge.get_output_shape(*shape, shortest, longest)
+            if 0 in new:
+                return f"{new[1]}x{new[0]} by {keys}"
+    return ""
+
+
+def _is_left_out(cfg: CfgNode, content: dict, image: dict) -> bool:
+    """Whether training leaves out the image because it has no objects."""
+    return cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not any(
+        isinstance(a, dict) and a.get("image_id") == image.get("id") and not a.get("iscrowd")
+        for a in content.get("annotations", ())
+    )
 
 
 def _narrowest_crops(crop: CfgNode, height: int, width: int) -> List[Tuple[int, int]]:

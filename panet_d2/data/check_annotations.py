@@ -57,7 +57,7 @@ def check_annotations(
         if isinstance(category, dict) and not isinstance(category.get("name"), str):
             problems.append(_not_text(record_name("category", category), category, "name"))
     image_ids, found = _ids("image", images)
-    sizes: Dict[Any, Optional[Tuple[int, int]]] = dict.fromkeys(image_ids)
+    sizes: Dict[Any, Any] = dict.fromkeys(image_ids)
     problems += found + _image_problems(images, annotations, sizes)
     problems += summary_problems(content, evaluated, trained)
     _, found = _ids("annotation", annotations)
@@ -91,8 +91,9 @@ def summary_problems(
     content: dict, evaluated: bool = True, trained: Optional[bool] = None
 ) -> List[Problem]:
     """Find the problems that no single record has. See :func:`check_annotations`."""
-    problems, names = [], Counter()
-    objects = Counter()  # by category
+    problems: List[Problem] = []
+    names: Counter = Counter()
+    objects: Counter = Counter()  # by category
     for a in content.get("annotations", ()):
         if isinstance(a, dict) and not a.get("iscrowd") and not a.get("ignore"):
             objects[a["category_id"] if _is_id(a.get("category_id")) else None] += 1
@@ -217,7 +218,8 @@ def _is_fine(
     # In larger images, coordinates inside the image can exceed the limit.
     if size is None or 2 * max(size) > LARGEST_COORDINATE:
         return False
-    box, segmentation = get("bbox"), get("segmentation")
+    box: Any = get("bbox")
+    segmentation = get("segmentation")
     if not _is_fine_box(box, size):
         return False
     if not segmentation:
@@ -279,7 +281,8 @@ def _annotation_problems(
     if not _is_id(image) or image not in sizes:
         yield Problem(where, "unknown image", _why_unknown(annotation, "image_id", "images", sizes))
         return
-    box, size = annotation.get("bbox"), sizes[image]
+    box: Any = annotation.get("bbox")
+    size = sizes[image]
     visible = True  # whether the box says that there is something to see
     has_area = False
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box))):
@@ -299,17 +302,16 @@ def _annotation_problems(
             yield warning(where, f"box is {place} the image", f"{box}; {effect}")
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        if has_area:
+        if has_area and size:
             boxes.without_mask.append((box, size))
-        if masks and (evaluated or not annotation.get("iscrowd", 0)):
-            detail = (
-                "COCO's evaluation needs it" if annotation.get("iscrowd", 0) else "others have one"
-            )
+        crowd = annotation.get("iscrowd", 0)
+        if masks and (evaluated or not crowd):
+            detail = "COCO's evaluation needs it" if crowd else "others have one"
             yield Problem(where, "has no mask", detail)
         return
     found = list(mask_problems(where, segmentation, size, visible, masks and evaluated))
     yield from found
-    if has_area and not any(p.severity == "error" for p in found):
+    if has_area and size and not any(p.severity == "error" for p in found):
         difference = boxes.compare(box, mask_extent(segmentation), size)
         if difference and visible:
             yield warning(where, BOX_DIFFERS, difference)

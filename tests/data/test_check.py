@@ -245,6 +245,15 @@ def test_images_that_are_resized_to_nothing(squares, opts, used, becomes):  # no
         assert becomes in problems[0].detail
 
 
+def test_strips_without_objects_are_not_trained_on(squares):  # noqa: F811
+    squares.image(2, **STRIP)
+    del squares.content["annotations"][4:6]
+    cfg = squares.config("INPUT.MAX_SIZE_TRAIN", 400)
+    assert check_sizes(cfg, squares.content, trained=True, evaluated=False) == []
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(check_sizes(cfg, squares.content, trained=True, evaluated=False)) == 1
+
+
 def test_strips_are_named_before_training(squares):  # noqa: F811
     squares.image(2, **STRIP)
     del squares.content["annotations"][4:6]  # RLE of the old size
