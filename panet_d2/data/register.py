@@ -166,6 +166,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
         for name in dataset_names(cfg, split):
             if split in needed:
                 used.setdefault(name, split)
+    check = read_choice(cfg, "DATASETS.CHECK_ANNOTATIONS", (True, False))
     # Only train() of the main process reads the images, see check_training_images.
     keep = "TRAIN" in needed and cfg.DATASETS.CHECK_IMAGES is True and comm.is_main_process()
     forget_images()
@@ -190,7 +191,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             )
         if name in files:
             evaluated = name in cfg.DATASETS.TEST and "TEST" in needed
-            _check_dataset(cfg, name, files[name], split == "TRAIN", evaluated)
+            _check_dataset(cfg, name, files[name], check, split == "TRAIN", evaluated)
             if keep:
                 keep_images(name, files[name].content["images"])
         elif split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -199,15 +200,15 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
 
 
 def _check_dataset(
-    cfg: CfgNode, name: str, file: _CocoFile, trained: bool, evaluated: bool
+    cfg: CfgNode, name: str, file: _CocoFile, check: bool, trained: bool, evaluated: bool
 ) -> None:
-    """Check a dataset that will be trained on, evaluated on, or both."""
+    """Check a dataset that will be trained on, evaluated on, or both; each annotation if wanted."""
     content, json_file = file.content, MetadataCatalog.get(name).json_file
     annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
     keypoints = _num_keypoints(cfg, name, annotations)
     if cfg.MODEL.MASK_ON:
         _check_masks(cfg, json_file, annotations, trained)
-    if read_choice(cfg, "DATASETS.CHECK_ANNOTATIONS", (True, False)):
+    if check:
         masks = bool(cfg.MODEL.MASK_ON)
         _check_in_main_process(name, file, masks, evaluated, keypoints, trained)
     _check_images(name, content)
