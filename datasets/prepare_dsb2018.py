@@ -65,7 +65,7 @@ def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
             _add(contents[split], index, name, images[name], read, os.path.join(unfinished, split))
         for split, content in contents.items():
             path = os.path.join(unfinished, "annotations", f"instances_{split}.json")
-            with open(path, "w") as f:
+            with open(path, "w", encoding="utf-8") as f:
                 json.dump(content, f)
         os.rename(unfinished, target)
     finally:

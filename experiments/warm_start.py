@@ -99,7 +99,7 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
     os.makedirs(args.output, exist_ok=True)
     results: Dict[str, dict] = {}
     if os.path.isfile(path("results.json")):  # left by a comparison that was cut off
-        with open(path("results.json")) as f:
+        with open(path("results.json"), encoding="utf-8") as f:
             results = json.load(f)
 
     def keep(run: str, values: dict) -> None:

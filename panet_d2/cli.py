@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any, Callable, Optional, Tuple, Type
@@ -29,6 +30,10 @@ def run(
     Returns:
         int: the exit status; :data:`FAILED` after an error.
     """
+    # Names in a dataset may have characters that the terminal's encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(*args) or 0
     except errors as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 import panet_d2
@@ -32,6 +34,14 @@ def test_what_the_user_can_fix_is_one_sentence(error, capsys):
 def test_one_line_whatever_the_message(capsys):
     assert cli.run(raising(PanetError("a\n  b"))) == 1
     assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_text_that_the_terminal_cannot_show(monkeypatch):
+    """As names of a dataset, in the locale C."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert cli.run(lambda: print("größe")) == 0
+    assert terminal.buffer.getvalue().split() == [b"gr\\xf6\\xdfe"]
 
 
 def test_the_traceback_on_demand(monkeypatch):

@@ -72,6 +72,16 @@ def test_trains_and_says_where(folder):
     assert last_results(run)["bbox/AP50"] > 1  # it has learned to find squares
 
 
+def test_warnings_of_the_setup_are_in_the_log(folder, tmp_path):
+    """It comes before the log file, which says what OUTPUT_DIR is."""
+    opts = ("MODEL.DEVICE", "", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+    done = train_net(folder, *opts, "OUTPUT_DIR", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = "No CUDA device found" if not torch.cuda.is_available() else "Checking"
+    assert (tmp_path / "run/log.txt").read_text().count(text) == 1
+    assert (done.stdout + done.stderr).count(text) == 1
+
+
 def test_eval_only_gives_the_same_numbers(folder):
     run = folder / "run"
     weights = str(run / "model_final.pth")

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from panet_d2 import cli
 from panet_d2.data import Problem, check_coco
-from panet_d2.data.register import coco_entries, find_coco_files
+from panet_d2.data.register import coco_entries, dataset_names, find_coco_files
 from panet_d2.engine import read_config
 from panet_d2.errors import ConfigError
 
@@ -34,13 +34,16 @@ class Source(NamedTuple):
     evaluated: bool = True
     image_format: str = "BGR"
     keypoints: int = 0
+    trained: Optional[bool] = None
+    cfg: Optional[CfgNode] = None
 
 
 def sources(cfg: CfgNode) -> List[Source]:
     """The data sets of DATASETS.TRAIN and TEST, where they are not all right too."""
     listed = {name: files for name, *files in coco_entries(cfg)}
     found = []
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+    train, test = dataset_names(cfg, "TRAIN"), dataset_names(cfg, "TEST")
+    for name in dict.fromkeys((*train, *test)):
         if name in listed:
             files = find_coco_files(name, *listed[name])
         elif name not in DatasetCatalog:
@@ -55,10 +58,13 @@ def sources(cfg: CfgNode) -> List[Source]:
             files = metadata.json_file, metadata.image_root
             if not os.path.isfile(files[0]):
                 DatasetCatalog.get(name)  # a data set that is generated is made here
-        masks = None if cfg.MODEL.MASK_ON else False
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
-        evaluated = name in cfg.DATASETS.TEST
-        found.append(Source(name, *files, masks, evaluated, cfg.INPUT.FORMAT, keypoints))
+        found.append(
+            Source(
+                *(name, *files, cfg.MODEL.MASK_ON, name in test),
+                *(cfg.INPUT.FORMAT, keypoints, name in train, cfg),
+            )
+        )
     if not found:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are empty; there is nothing to check.")
     return found

@@ -58,7 +58,7 @@ def predictions(args: argparse.Namespace) -> None:
     if not os.path.isfile(results_file):
         raise DataError(f"{results_file} does not exist; train_net.py --eval-only writes it.")
     coco, metadata = ground_truth(name), MetadataCatalog.get(name)
-    with open(results_file) as f:
+    with open(results_file, encoding="utf-8") as f:
         results = json.load(f)
 
     matches = match_predictions(coco, results, args.score_threshold)
@@ -156,7 +156,7 @@ def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     path = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
     if not os.path.isfile(path):
         return None
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         results = json.load(f)
     if not results:
         return None

@@ -132,7 +132,7 @@ def read_models(results: str) -> Dict[str, dict]:
     path = os.path.join(results, "models.json")
     if not os.path.isfile(path):
         return {}
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         return json.load(f)
 
 

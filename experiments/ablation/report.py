@@ -65,7 +65,7 @@ def load_results(folder: str) -> Results:
     firsts: Dict[str, tuple] = {}  # name and settings of the first file of all and of each rung
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
-            with open(os.path.join(folder, name)) as f:
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
                 run = json.load(f)
             if run.get("rung") not in RUNGS:
                 continue

@@ -91,7 +91,7 @@ def differing_key(settings: Dict[str, str], others: Dict[str, str]) -> Optional[
 
 def _check_settings(run: Run, path: str) -> None:
     """Raise RunFailed if the JSON file ``path`` is of a run with other settings."""
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         found = json.load(f).get("settings", {})
     key = differing_key(run.settings, found)
     if key:
@@ -118,7 +118,7 @@ def _claim(run: Run, output: str) -> IO:
 
 def _train(command: Sequence[str], log: str, environment: Dict[str, str], lock: IO) -> int:
     """Run the command and return its exit status."""
-    with open(log, "a") as f:
+    with open(log, "a", encoding="utf-8") as f:
         # Training inherits the lock, which holds until training ends even if this process dies.
         training = subprocess.Popen(
             command, stdout=f, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
@@ -192,7 +192,7 @@ def result_of(run: Run, output: str) -> Dict:
             line.update({key: 0.0 for key in _AP})
     evaluated, trained = evaluations(history), losses(history)
     last = evaluated[max(evaluated)]
-    with open(os.path.join(output, "log.txt")) as f:
+    with open(os.path.join(output, "log.txt"), encoding="utf-8") as f:
         log = f.read()
     compute = re.findall(r"inference pure compute time: \S+ \(([\d.]+) s / iter", log)
     return {

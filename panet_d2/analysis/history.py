@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Dict, List
 
 
 def read_history(path: str) -> List[dict]:
-    """Return the lines of a run's ``metrics.json``, in order."""
-    with open(path) as f:
-        return [json.loads(line) for line in f]
+    """
+    Return the lines of a run's ``metrics.json``, in order. A line that was cut off, as when the
+    disk was full, is left out.
+    """
+    history = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with suppress(ValueError):
+                history.append(json.loads(line))
+    return [line for line in history if isinstance(line, dict) and "iteration" in line]
 
 
 def losses(history: List[dict]) -> Dict[int, dict]:

@@ -8,25 +8,33 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile
+from pycocotools import coco
 from tqdm import tqdm
 
 from ..config import read_choice
 from ..errors import DataError
-from .check_annotations import Problem, check_annotations
-from .image_file import is_deep
+from .check_annotations import check_annotations, record_name
+from .image_file import is_deep, page_count
+from .problem import Problem, warning
 
 logger = logging.getLogger("panet_d2")
 
 # File names and sizes by dataset, from setup_datasets for check_training_images, which would parse
 # the annotation files again: 30 MB for COCO train2017, whose whole content takes several GB.
 _kept_images: Dict[str, List[dict]] = {}
+
+# pycocotools opens annotation files in the locale's encoding, in which a byte order mark is an
+# error. From bytes, json tells the encoding.
+setattr(coco, "open", lambda path, mode="r": open(path, "rb"))  # noqa: B010
 
 
 def read_coco(json_file: str) -> dict:
@@ -42,13 +50,17 @@ def read_coco(json_file: str) -> dict:
         DataError: if it cannot be read or is not a COCO annotation file.
     """
     try:
-        with PathManager.open(json_file) as f:
+        with PathManager.open(json_file, "rb") as f:
             content = json.load(f)
         lists = [content["images"], content["categories"], content.get("annotations", [])]
         if not all(isinstance(x, list) for x in lists):
             raise TypeError("these must be lists")
     except OSError as e:
         raise DataError(f"cannot read {json_file}: {e.strerror or e}.") from e
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{json_file} is not a COCO annotation file: it is not text in UTF-8 ({e})."
+        ) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(
             f"{json_file} is not a COCO annotation file ({type(e).__name__}: {e}); it needs "
@@ -67,11 +79,14 @@ def check_coco(
     evaluated: bool = True,
     image_format: str = "BGR",
     keypoints: int = 0,
+    trained: Optional[bool] = None,
+    cfg: Optional[CfgNode] = None,
+    *,
     workers: Optional[int] = None,
 ) -> List[Problem]:
     """
-    Find all problems of a dataset: :func:`check_annotations`, then :func:`check_images`, which
-    explain the arguments.
+    Find all problems of a dataset: :func:`check_annotations`, :func:`check_sizes` if there is a
+    config, then :func:`check_images`. They explain the arguments.
 
     Args:
         json_file (str): annotation file.
@@ -83,8 +98,88 @@ def check_coco(
     content = read_coco(json_file)
     if not PathManager.isdir(image_root):
         raise DataError(f"there is no image folder {image_root}.")
-    problems = check_annotations(content, masks, evaluated, keypoints)
+    problems = check_annotations(content, masks, evaluated, keypoints, trained)
+    if cfg is not None:
+        problems += check_sizes(cfg, content, trained is not False, evaluated)
     return problems + check_images(content["images"], image_root, image_format, workers)
+
+
+def check_sizes(cfg: CfgNode, content: dict, trained: bool, evaluated: bool) -> List[Problem]:
+    """
+    Find images that have no pixels left after Detectron2 has cropped and resized them.
+
+    Args:
+        cfg (CfgNode): ``INPUT`` and ``TEST.AUG`` have the sizes.
+        content (dict): see :func:`read_coco`.
+        trained, evaluated (bool): what the images are used for.
+
+    Returns:
+        list[Problem]: at most one for each image.
+    """
+    node, test_aug = cfg.INPUT, cfg.TEST.AUG
+    resizes: List[Tuple[str, Any, int]] = []
+    if trained:
+        keys = "INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN"
+        resizes.append((keys, node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN))
+    if evaluated:
+        keys = "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
+        resizes.append((keys, node.MIN_SIZE_TEST, node.MAX_SIZE_TEST))
+    if evaluated and test_aug.ENABLED:
+        resizes.append(("TEST.AUG.MIN_SIZES and MAX_SIZE", test_aug.MIN_SIZES, test_aug.MAX_SIZE))
+    problems = []
+    for image in content["images"]:
+        if not isinstance(image, dict):
+            continue
+        height, width = size = image.get("height", 0), image.get("width", 0)
+        if [type(side) for side in size] != [int, int] or min(size) < 1:
+            continue
+        for keys, sizes, longest in resizes:
+            training = "TRAIN" in keys
+            shapes = [size]
+            if training and node.CROP.ENABLED:
+                shapes = _narrowest_crops(node.CROP, height, width)
+            nothing = _resized_to_nothing(shapes, keys, sizes, longest)
+            if nothing and not (training and _is_left_out(cfg, content, image)):
+                detail = f"{width}x{height} pixels become {nothing}; pad the image"
+                where = record_name("image", image)
+                problems.append(Problem(where, "is resized to nothing", detail))
+                break
+    return problems
+
+
+def _resized_to_nothing(shapes: List[Tuple[int, int]], keys: str, sizes: Any, longest: int) -> str:
+    """Which size without pixels one of the shapes (height, width) gets, and by which keys."""
+    for shape in shapes:
+        if 0 in shape:
+            return f"{shape[1]}x{shape[0]} by INPUT.CROP"
+        if max(shape) <= longest * min(shape):  # no side gets below a pixel
+            continue
+        for shortest in filter(None, np.atleast_1d(sizes).tolist()):  # 0 switches it off
+            new = ResizeShortestEdge.get_output_shape(*shape, shortest, longest)
+            if 0 in new:
+                return f"{new[1]}x{new[0]} by {keys}"
+    return ""
+
+
+def _is_left_out(cfg: CfgNode, content: dict, image: dict) -> bool:
+    """Whether training leaves out the image because it has no objects."""
+    return cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not any(
+        isinstance(a, dict) and a.get("image_id") == image.get("id") and not a.get("iscrowd")
+        for a in content.get("annotations", ())
+    )
+
+
+def _narrowest_crops(crop: CfgNode, height: int, width: int) -> List[Tuple[int, int]]:
+    """The shapes of Detectron2's RandomCrop with the least height and with the least width."""
+    low, high = crop.SIZE
+    if crop.TYPE.startswith("relative"):
+        least = int(height * low + 0.5), int(width * high + 0.5)
+        most = (height, width) if crop.TYPE == "relative_range" else least
+    elif crop.TYPE == "absolute_range":
+        least, most = (min(height, low), min(width, low)), (min(height, high), min(width, high))
+    else:
+        least = most = min(height, low), min(width, high)
+    return [(least[0], most[1]), (most[0], least[1])]
 
 
 def check_images(
@@ -134,6 +229,7 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
     try:
         with PathManager.open(path, "rb") as f, Image.open(f) as image:
             mode, size = image.mode, image.size
+            pages = page_count(image)
             image.verify()  # a PNG's checksums, which decoding ignores
         pixels = read_image(path, image_format)
     # Pillow raises almost any error for broken images.
@@ -143,6 +239,9 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
     if is_deep(mode):
         detail = f"Pillow's mode {mode}; scale it to 8 bits first"
         problems.append(Problem(path, "image has more than 8 bits per channel", detail))
+    if pages > 1:
+        detail = f"{pages} pages; only the first is read"
+        problems.append(warning(path, "image has several pages", detail))
     height, width = pixels.shape[:2]
     annotated = record.get("width"), record.get("height")
     if annotated != (width, height):
@@ -175,7 +274,10 @@ def check_training_images(cfg: CfgNode) -> None:
         images = kept.get(name) or read_coco(metadata.json_file)["images"]
         logger.info(f"Checking the {len(images)} images of {name!r} (DATASETS.CHECK_IMAGES) …")
         problems = check_images(images, metadata.image_root, cfg.INPUT.FORMAT)
-        refuse_errors(problems, metadata.json_file, metadata.image_root)
+        refuse_errors(
+            problems, metadata.json_file, see_all(metadata.json_file, metadata.image_root)
+        )
+        log_warnings(problems, metadata.json_file)
 
 
 def keep_images(name: str, images: Sequence[dict]) -> None:
@@ -190,12 +292,26 @@ def forget_images() -> None:
     _kept_images.clear()
 
 
-def refuse_errors(problems: Sequence[Problem], json_file: str, image_root: str) -> None:
+def refuse_errors(problems: Sequence[Problem], json_file: str, how_to_see_all: str = "") -> None:
     """Raise a DataError that names the first few problems of severity "error", if there are any."""
-    errors = [str(p) for p in problems if p.severity == "error"]
+    errors = [p for p in problems if p.severity == "error"]
     if errors:
-        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise DataError(
-            f"{json_file} cannot be used: {'; '.join(errors[:3])}{more}. To see all: "
-            f"python tools/check_dataset.py --annotations {json_file} --images {image_root}"
-        )
+        raise DataError(f"{json_file} cannot be used: {_first(errors)}.{how_to_see_all}")
+
+
+def log_warnings(problems: Sequence[Problem], json_file: str) -> None:
+    """Log the first few problems of severity "warning", if there are any."""
+    warnings = [p for p in problems if p.severity == "warning"]
+    if warnings:
+        logger.warning("%s: %s.", json_file, _first(warnings))
+
+
+def see_all(json_file: str, image_root: str) -> str:
+    """Say how to see all problems of a dataset."""
+    command = f"python tools/check_dataset.py --annotations {json_file} --images {image_root}"
+    return f" To see all: {command}"
+
+
+def _first(problems: Sequence[Problem]) -> str:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(map(str, problems[:3])) + more

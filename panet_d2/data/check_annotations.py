@@ -3,64 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
-from operator import mul
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
-from detectron2.structures.masks import polygon_area, polygons_to_bitmask
-from pycocotools import mask as mask_util
+
+from .check_boxes import BoxStatistics, is_near
+from .check_masks import (
+    NUMBERS,
+    TOLERANCE,
+    fine_polygons_extent,
+    fine_rle_extent,
+    mask_extent,
+    mask_problems,
+    outside,
+)
+from .problem import LARGEST_COORDINATE, Problem, is_coordinate, is_number, shown, warning
 
 # Raise this number when check_annotations finds other problems in the same file.
-VERSION = 1
+VERSION = 2
 
 # Beyond this many objects in one image a limit of somebody's is likely to be reached.
 _MANY = 1000
-# pycocotools walks along an outline in fifths of a pixel, and keeps them all in memory.
-_LARGEST_COORDINATE = 1e6
-# Annotations are often a rounding error larger than the image.
-_TOLERANCE = 1.0
-# What rounding makes of the area of points in one line.
-_SMALLEST_AREA = 1e-6
-# Text that pycocotools takes for numbers: 32 digits that go on, and 32 that end one. It reads past
-# the end of a text whose last number goes on.
-_COMPRESSED_RLE = re.compile("[0-o]*[0-O]")
-# bool, NumPy's numbers and subclasses take the exact check.
-_NUMBERS = {int, float}
+# bool and subclasses take the exact check.
 _IDS = {int, str}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """
-    A problem of a dataset.
-
-    Attributes:
-        where (str): the annotation, image or file.
-        what (str): the kind of problem, in the same words for the same kind.
-        detail (str): the wrong values, or what to do.
-        severity (str): "error" if training would stop or learn something wrong; "warning" if it
-            works without this annotation or image.
-    """
-
-    where: str
-    what: str
-    detail: str = ""
-    severity: str = "error"
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f" ({self.detail})" if self.detail else "")
-
-
-_warning = partial(Problem, severity="warning")
+BOX_DIFFERS = "box differs from its mask"
 
 
 def check_annotations(
-    content: dict, masks: Optional[bool] = None, evaluated: bool = True, keypoints: int = 0
+    content: dict,
+    masks: Optional[bool] = None,
+    evaluated: bool = True,
+    keypoints: int = 0,
+    trained: Optional[bool] = None,
 ) -> List[Problem]:
     """
     Find all problems of an annotation file.
@@ -70,82 +45,147 @@ def check_annotations(
         masks (bool): whether each object must have a mask; by default, if any object has one.
         evaluated (bool): whether models will be evaluated on it, which needs more than training.
         keypoints (int): the number that each object must have; 0 for no check.
+        trained (bool): whether models will be trained on it; by default, if it has objects.
 
     Returns:
         list[Problem]: in the order of the file: categories, images, annotations.
     """
     annotations = content.get("annotations", [])
-    category_ids, problems = _ids("category", content["categories"])
-    for category in content["categories"]:
+    categories, images = content["categories"], content["images"]
+    category_ids, problems = _ids("category", categories)
+    for category in categories:
         if isinstance(category, dict) and not isinstance(category.get("name"), str):
-            problems.append(Problem(_name("category", category), "has no name"))
-
-    image_ids, found = _ids("image", content["images"])
-    problems += found
-    sizes: Dict[Any, Optional[Tuple[int, int]]] = dict.fromkeys(image_ids)
-    files: Counter = Counter()
-    counts = Counter(
-        a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
-    )
-    for image in content["images"]:
-        if not isinstance(image, dict):
-            continue
-        where = _name("image", image)
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            problems.append(Problem(where, "has no file name"))
-        else:
-            files[image["file_name"]] += 1
-            if files[image["file_name"]] == 2:
-                problems.append(_warning(where, "file is listed more than once"))
-        size: Any = (image.get("height"), image.get("width"))
-        if not all(type(side) is int and side > 0 for side in size):
-            problems.append(Problem(where, "has no size", f"height and width are {size}"))
-        elif _is_id(image.get("id")):
-            sizes[image["id"]] = size
-        count = counts[image["id"]] if _is_id(image.get("id")) else 0
-        if annotations and not count:
-            problems.append(_warning(where, "has no annotations"))
-        elif count > _MANY:
-            problems.append(_warning(where, f"has more than {_MANY} annotations", str(count)))
-
+            problems.append(_not_text(record_name("category", category), category, "name"))
+    image_ids, found = _ids("image", images)
+    sizes: Dict[Any, Any] = dict.fromkeys(image_ids)
+    problems += found + _image_problems(images, annotations, sizes)
+    problems += summary_problems(content, evaluated, trained)
     _, found = _ids("annotation", annotations)
     problems += found
-    if masks is None:
-        masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+
+    has_masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+    if masks and annotations and not has_masks:
+        problems.append(Problem("annotations", "have no masks", "MODEL.MASK_ON must be False"))
+    masks = has_masks and masks is not False
+    boxes, found = BoxStatistics(), []
     for annotation in annotations:
         if not isinstance(annotation, dict):
             continue
         # The exact check takes five times as long, and most annotations are fine.
         if not _is_fine(annotation, sizes, category_ids, masks, evaluated):
-            problems += _annotation_problems(annotation, sizes, category_ids, masks, evaluated)
+            found += _annotation_problems(annotation, sizes, category_ids, masks, evaluated, boxes)
+        elif annotation.get("segmentation"):
+            boxes.with_mask += 1
+        else:
+            boxes.without_mask.append((annotation["bbox"], sizes[annotation["image_id"]]))
         if keypoints:
-            problems += _keypoint_problems(annotation, keypoints, evaluated)
+            found += _keypoint_problems(annotation, keypoints, evaluated)
+    fault = boxes.fault()
+    if fault:
+        problems.append(Problem("annotations", fault))
+        found = [p for p in found if p.what != BOX_DIFFERS]
+    return problems + found
+
+
+def summary_problems(
+    content: dict, evaluated: bool = True, trained: Optional[bool] = None
+) -> List[Problem]:
+    """Find the problems that no single record has. See :func:`check_annotations`."""
+    problems: List[Problem] = []
+    names: Counter = Counter()
+    objects: Counter = Counter()  # by category
+    for a in content.get("annotations", ()):
+        if isinstance(a, dict) and not a.get("iscrowd") and not a.get("ignore"):
+            objects[a["category_id"] if _is_id(a.get("category_id")) else None] += 1
+    if evaluated and "annotations" in content and not objects:
+        detail = "without objects, all AP will be nan"
+        problems.append(warning("annotations", "there are none to evaluate on", detail))
+    if trained and not objects:
+        problems.append(Problem("annotations", "there are none to train on"))
+    for category in content["categories"]:
+        if not isinstance(category, dict):
+            continue
+        name, where = category.get("name"), record_name("category", category)
+        if isinstance(name, str):
+            names[name] += 1
+            if names[name] == 2:
+                detail = "they are different classes"
+                problems.append(warning(where, "another category has the same name", detail))
+        if trained is not False and objects and _is_id(category.get("id")):
+            if not objects[category["id"]]:
+                problems.append(warning(where, "has no annotations"))
+    return problems
+
+
+def _image_problems(images: list, annotations: list, sizes: dict) -> List[Problem]:
+    """Find the problems of the file's images, and add their sizes to ``sizes``."""
+    problems: List[Problem] = []
+    files: Counter = Counter()
+    counts = Counter(
+        a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
+    )
+    for image in images:
+        if not isinstance(image, dict):
+            continue
+        where = record_name("image", image)
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            problems.append(_not_text(where, image, "file_name"))
+        else:
+            files[image["file_name"]] += 1
+            if files[image["file_name"]] == 2:
+                problems.append(warning(where, "file is listed more than once"))
+        size: Any = (image.get("height"), image.get("width"))
+        if all(type(side) is int and side > 0 for side in size):
+            if _is_id(image.get("id")):
+                sizes[image["id"]] = size
+        elif any(side is None or type(side) is int for side in size):
+            detail = f"height is {shown(size[0])}, width {shown(size[1])}"
+            problems.append(Problem(where, "has no size", detail))
+        else:
+            detail = " x ".join(map(shown, size))
+            problems.append(Problem(where, "size is not whole numbers", detail))
+        count = counts[image["id"]] if _is_id(image.get("id")) else 0
+        if annotations and not count:
+            problems.append(warning(where, "has no annotations"))
+        elif count > _MANY:
+            problems.append(warning(where, f"has more than {_MANY} annotations", str(count)))
     return problems
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str))
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
-def _name(kind: str, record: dict) -> str:
+def record_name(kind: str, record: dict) -> str:
+    """What a problem of an annotation file's record calls the record."""
     name = f"{kind} {record.get('id', '?')}"
-    if kind == "image" and record.get("file_name"):
-        name += f" ({record['file_name']})"
-    elif kind == "annotation":
-        name += f" (image {record.get('image_id', '?')})"
-    return name
+    if kind == "annotation":
+        return name + f" (image {record.get('image_id', '?')})"
+    title = record.get("file_name" if kind == "image" else "name")
+    return name + (f" ({title})" if title else "")
+
+
+def _not_text(where: str, record: dict, key: str) -> Problem:
+    what = key.replace("_", " ")
+    if record.get(key) in (None, ""):
+        return Problem(where, f"has no {what}")
+    return Problem(where, f"{what} is not text", shown(record[key]))
 
 
 def _ids(kind: str, records: list) -> Tuple[set, List[Problem]]:
     """The ids of one of the file's lists."""
     seen, problems = set(), []
     for index, record in enumerate(records):
+        where = f"{kind} at index {index}"
         if not isinstance(record, dict):
-            problems.append(Problem(f"{kind} at index {index}", "is not a record"))
-        elif not _is_id(record.get("id")):
-            problems.append(Problem(f"{kind} at index {index}", "has no id"))
+            problems.append(Problem(where, "is not a record"))
+        elif "id" not in record:
+            problems.append(Problem(where, "has no id"))
+        elif not _is_id(record["id"]):
+            what = "id is not a whole number or text"
+            problems.append(Problem(where, what, shown(record["id"])))
         elif record["id"] in seen:
-            problems.append(Problem(_name(kind, record), f"{kind} id occurs more than once"))
+            problems.append(Problem(record_name(kind, record), f"{kind} id occurs more than once"))
         else:
             seen.add(record["id"])
     if kind != "annotation" and len({isinstance(id_, str) for id_ in seen}) > 1:
@@ -172,202 +212,140 @@ def _is_fine(
     if evaluated:
         area: Any = get("area")
         # NaN is not below infinity.
-        if "iscrowd" not in annotation or type(area) not in _NUMBERS or not abs(area) < math.inf:
+        if "iscrowd" not in annotation or type(area) not in NUMBERS or not abs(area) < math.inf:
             return False
     size = sizes.get(image)
     # In larger images, coordinates inside the image can exceed the limit.
-    if size is None or 2 * max(size) > _LARGEST_COORDINATE:
+    if size is None or 2 * max(size) > LARGEST_COORDINATE:
         return False
-    if not _is_fine_box(get("bbox"), size):
-        return False
+    box: Any = get("bbox")
     segmentation = get("segmentation")
+    if not _is_fine_box(box, size):
+        return False
     if not segmentation:
-        return not masks or crowd == 1
+        return not masks or (crowd == 1 and not evaluated)
     if type(segmentation) is dict:
-        return not any(True for _ in _rle_problems("", segmentation, size, visible=True))
-    return type(segmentation) is list and _are_fine_polygons(segmentation, size)
+        extent = fine_rle_extent(segmentation, size)
+    else:
+        extent = fine_polygons_extent(segmentation, size) if type(segmentation) is list else None
+    if extent is None:
+        return False
+    x, y, w, h = box
+    return is_near((x, y, x + w, y + h), extent)
 
 
 def _is_fine_box(box: Any, size: Tuple[int, int]) -> bool:
-    if type(box) is not list or len(box) != 4 or not set(map(type, box)) <= _NUMBERS:
+    if type(box) is not list or len(box) != 4 or not set(map(type, box)) <= NUMBERS:
         return False
     x, y, w, h = box
     height, width = size
     return (
-        -_TOLERANCE <= x < width
-        and -_TOLERANCE <= y < height
+        -TOLERANCE <= x < width
+        and -TOLERANCE <= y < height
         # An int can be too large to be added to a float.
-        and 0 < w <= width + 2 * _TOLERANCE
-        and 0 < h <= height + 2 * _TOLERANCE
-        and 0 < x + w <= width + _TOLERANCE
-        and 0 < y + h <= height + _TOLERANCE
+        and 0 < w <= width + 2 * TOLERANCE
+        and 0 < h <= height + 2 * TOLERANCE
+        and 0 < x + w <= width + TOLERANCE
+        and 0 < y + h <= height + TOLERANCE
     )
 
 
-def _are_fine_polygons(polygons: list, size: Tuple[int, int]) -> bool:
-    height, width = size
-    count, area = 0, 0.0
-    for polygon in polygons:
-        if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
-            return False
-        if not set(map(type, polygon)) <= _NUMBERS:
-            return False
-        x, y = polygon[::2], polygon[1::2]
-        # min() and max() may skip a NaN, but not an infinite or huge number.
-        if not (-_TOLERANCE <= min(x) < width and 0 < max(x) <= width + _TOLERANCE):
-            return False
-        if not (-_TOLERANCE <= min(y) < height and 0 < max(y) <= height + _TOLERANCE):
-            return False
-        count += len(x)
-        area += abs(sum(map(mul, x, y[-1:] + y[:-1])) - sum(map(mul, y, x[-1:] + x[:-1]))) / 2
-    # Less could be zero but for rounding, here or in polygon_area. A NaN is not larger either.
-    rounding = 4 * sys.float_info.epsilon * count**2 * (height + 2) * (width + 2)
-    return area > _SMALLEST_AREA + rounding
-
-
 def _annotation_problems(
-    annotation: dict, sizes: dict, category_ids: set, masks: bool, evaluated: bool
+    annotation: dict,
+    sizes: dict,
+    category_ids: set,
+    masks: bool,
+    evaluated: bool,
+    boxes: BoxStatistics,
 ) -> Iterator[Problem]:
-    where = _name("annotation", annotation)
-    if evaluated and not _is_number(annotation.get("area")):
-        yield Problem(where, "has no area", "COCO's evaluation needs it")
+    where = record_name("annotation", annotation)
+    if evaluated and not is_number(annotation.get("area")):
+        yield _not_evaluated(where, annotation, "area")
     if evaluated and "iscrowd" not in annotation:
-        yield Problem(where, "has no iscrowd", "COCO's evaluation needs it")
-    if annotation.get("id") == 0:
+        yield _not_evaluated(where, annotation, "iscrowd")
+    if shown(annotation.get("id")) == "0":
         severity = "error" if evaluated else "warning"
-        yield Problem(where, "annotation id is 0", "COCO's evaluation takes it for none", severity)
+        detail = "COCO's evaluation takes it for none; number annotations from 1"
+        yield Problem(where, "annotation id is 0", detail, severity)
     elif evaluated and isinstance(annotation.get("id"), str):
         detail = "COCO's evaluation computes with it"
         yield Problem(where, "annotation id is not a number", detail)
     if annotation.get("iscrowd", 0) not in (0, 1):
-        yield Problem(where, "'iscrowd' is neither 0 nor 1", str(annotation["iscrowd"]))
+        yield Problem(where, "'iscrowd' is neither 0 nor 1", shown(annotation["iscrowd"]))
     if annotation.get("ignore", 0) != 0:
         yield Problem(where, "'ignore' is set", "Detectron2 does not support it; use 'iscrowd'")
-    category = annotation.get("category_id")
+    category, image = annotation.get("category_id"), annotation.get("image_id")
     if not _is_id(category) or category not in category_ids:
-        yield Problem(where, "unknown category", str(category))
-    image = annotation.get("image_id")
+        detail = _why_unknown(annotation, "category_id", "categories", category_ids)
+        yield Problem(where, "unknown category", detail)
     if not _is_id(image) or image not in sizes:
-        yield Problem(where, "unknown image", str(image))
+        yield Problem(where, "unknown image", _why_unknown(annotation, "image_id", "images", sizes))
         return
-    box, size = annotation.get("bbox"), sizes[image]
+    box: Any = annotation.get("bbox")
+    size = sizes[image]
     visible = True  # whether the box says that there is something to see
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_coordinate, box))):
-        yield Problem(where, "box is not four numbers", str(box))
+    has_area = False
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box))):
+        yield Problem(where, "box is not four numbers", shown(box))
     elif min(box[2:]) < 0:
         yield Problem(where, "box of negative size", str(box))
     elif min(box[2:]) == 0:
         visible = False
-        yield _warning(where, "box of no area", f"{box}; left out")
+        yield warning(where, "box of no area", f"{box}; left out")
     elif size:
+        has_area = True
         low, high = np.array(box[:2]), np.add(box[:2], box[2:])
-        place = _outside(low, high, size)
+        place = outside(low, high, size)
         visible = place != "outside"
         if place:
             effect = "clipped" if visible else "left out"
-            yield _warning(where, f"box is {place} the image", f"{box}; {effect}")
+            yield warning(where, f"box is {place} the image", f"{box}; {effect}")
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        if masks and not annotation.get("iscrowd", 0):
-            yield Problem(where, "has no mask", "others have one")
-    elif isinstance(segmentation, dict):
-        if size:
-            yield from _rle_problems(where, segmentation, size, visible)
-    elif isinstance(segmentation, list):
-        yield from _polygon_problems(where, segmentation, size, visible)
-    else:
-        yield Problem(where, "mask is neither polygons nor RLE")
+        if has_area and size:
+            boxes.without_mask.append((box, size))
+        crowd = annotation.get("iscrowd", 0)
+        if masks and (evaluated or not crowd):
+            detail = "COCO's evaluation needs it" if crowd else "others have one"
+            yield Problem(where, "has no mask", detail)
+        return
+    found = list(mask_problems(where, segmentation, size, visible, masks and evaluated))
+    yield from found
+    if has_area and size and not any(p.severity == "error" for p in found):
+        difference = boxes.compare(box, mask_extent(segmentation), size)
+        if difference and visible:
+            yield warning(where, BOX_DIFFERS, difference)
+
+
+def _not_evaluated(where: str, annotation: dict, key: str) -> Problem:
+    if annotation.get(key) is None:
+        return Problem(where, f"has no {key}", "COCO's evaluation needs it")
+    return Problem(where, f"{key} is not a number", shown(annotation[key]))
+
+
+def _why_unknown(annotation: dict, key: str, kind: str, known: Collection) -> str:
+    """Why an annotation's ``key`` is none of the ids of its file's images or categories."""
+    value = annotation.get(key)
+    if key not in annotation:
+        return f"it has no {key}"
+    if not _is_id(value):
+        return f"{key} is {shown(value)}, which is not a whole number or text"
+    text = isinstance(value, str)
+    if known and not any(isinstance(id_, str) == text for id_ in known):
+        what, ids = ("text", "numbers") if text else ("a number", "text")
+        return f"{key} is {shown(value)}, which is {what}; {kind} have {ids} as ids"
+    return shown(value)
 
 
 def _keypoint_problems(annotation: dict, number: int, evaluated: bool) -> Iterator[Problem]:
-    where, points = _name("annotation", annotation), annotation.get("keypoints")
-    if evaluated and not _is_number(annotation.get("num_keypoints")):
-        yield Problem(where, "has no num_keypoints", "COCO's evaluation needs it")
+    where, points = record_name("annotation", annotation), annotation.get("keypoints")
+    if evaluated and not is_number(annotation.get("num_keypoints")):
+        yield _not_evaluated(where, annotation, "num_keypoints")
     if not points:
         if evaluated or not annotation.get("iscrowd", 0):  # training leaves crowds out
             yield Problem(where, "has no keypoints", "others have some")
-    elif not isinstance(points, list) or not all(map(_is_coordinate, points)):
+    elif not isinstance(points, list) or not all(map(is_coordinate, points)):
         yield Problem(where, "keypoints are not a list of numbers")
     elif len(points) != 3 * number:
         wanted = f"{len(points)} numbers; x, y and visibility of {number} are {3 * number}"
         yield Problem(where, "not as many keypoints as others", wanted)
-
-
-def _is_number(value: Any, limit: float = math.inf) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < limit  # NaN is not
-
-
-def _is_coordinate(value: Any) -> bool:
-    return _is_number(value, _LARGEST_COORDINATE)
-
-
-def _outside(low: np.ndarray, high: np.ndarray, size: Tuple[int, int]) -> str:
-    """Where the region between two corners (x, y) lies: "" is inside the image."""
-    shape = np.array(size[::-1])
-    if (low >= shape).any() or (high <= 0).any():
-        return "outside"
-    if (low < -_TOLERANCE).any() or (high > shape + _TOLERANCE).any():
-        return "partly outside"
-    return ""
-
-
-def _rle_problems(where: str, rle: dict, size: Tuple[int, int], visible: bool) -> Iterator[Problem]:
-    if rle.get("size") != list(size):
-        yield Problem(where, "RLE of another size than the image", f"{rle.get('size')}, {size}")
-        return
-    counts, pixels = rle.get("counts"), size[0] * size[1]
-    total = area = -1
-    if isinstance(counts, list):
-        if all(type(c) is int and c >= 0 for c in counts):
-            total, area = sum(counts), sum(counts[1::2])
-    elif isinstance(counts, str) and _COMPRESSED_RLE.fullmatch(counts):
-        total, area = _run_totals(counts)
-    if total != pixels:
-        yield Problem(where, "malformed RLE", f"its runs are not the image's {pixels} pixels")
-    elif visible and area == 0:
-        yield Problem(where, "mask is empty", "though its box is not")
-
-
-def _run_totals(counts: str) -> Tuple[int, int]:
-    """
-    How many pixels a compressed RLE has runs for, and how many of them are the object's. Where the
-    runs are too few, pycocotools decodes what happens to be in memory, and some of its functions
-    never end.
-    """
-    # In an image one pixel high, the box ends where the object's last run does. So that this is
-    # the end of all runs, an object of one pixel or more is appended, unless they end with one.
-    rle, longer = ({"size": [1, 1], "counts": c} for c in (counts, counts + "1"))
-    x, _, width, _ = mask_util.toBbox(longer)
-    area, longer_area = map(int, mask_util.area([rle, longer]))
-    return int(x + width) - longer_area + area, area
-
-
-def _polygon_problems(
-    where: str, polygons: list, size: Optional[Tuple[int, int]], visible: bool
-) -> Iterator[Problem]:
-    arrays = []
-    if not all(isinstance(p, list) and all(map(_is_coordinate, p)) for p in polygons):
-        yield Problem(where, "polygon is not a list of numbers")
-        return
-    for polygon in polygons:
-        if len(polygon) % 2:
-            yield Problem(where, "polygon with an odd number of coordinates", str(len(polygon)))
-        elif len(polygon) < 6:
-            # Detectron2 leaves it out; that is no loss only if something else remains.
-            whole = not visible or any(len(p) >= 6 for p in polygons)
-            severity = "warning" if whole else "error"
-            yield Problem(where, "polygon of fewer than three points", severity=severity)
-        else:
-            arrays.append(np.array(polygon).reshape(-1, 2))
-    if not (arrays and size and visible):
-        return
-    points = np.concatenate(arrays)
-    place = _outside(points.min(axis=0), points.max(axis=0), size)
-    if place == "outside":
-        yield Problem(where, "mask is outside the image", "though its box is not")
-    elif place:
-        yield _warning(where, "mask is partly outside the image", "clipped")
-    # Drawing each takes long, and an outline that crosses itself can have an area of zero.
-    if sum(polygon_area(*a.T) for a in arrays) < _SMALLEST_AREA:
-        if not polygons_to_bitmask([a.ravel() for a in arrays], *size).any():
-            yield Problem(where, "mask is empty", "though its box is not")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
@@ -20,6 +19,16 @@ def is_deep(mode: str) -> bool:
     return mode.startswith(("I", "F"))
 
 
+def page_count(image: Image.Image) -> int:
+    """Return how many pages or frames an open image has; Detectron2 reads the first alone."""
+    if image.format == "MPO":  # a photo; the other pictures are its previews
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # a broken page after the first
+        return 1
+
+
 def read_image_file(path: str, image_format: str = "BGR") -> np.ndarray:
     """
     Read an image as Detectron2 does. If it has several pages, warn that the first is used.
@@ -34,13 +43,10 @@ def read_image_file(path: str, image_format: str = "BGR") -> np.ndarray:
     Raises:
         DataError: if the image cannot be read or has more than 8 bits per channel.
     """
-    pages = 1
     try:
         with PathManager.open(path, "rb") as f, Image.open(f) as image:
             mode = image.mode
-            if image.format != "MPO":  # a photo with a preview
-                with suppress(Exception):  # a broken page after the first
-                    pages = getattr(image, "n_frames", 1)
+            pages = page_count(image)
         pixels = read_image(path, image_format)
     except Exception as e:  # the decoders raise nearly anything when a file is broken
         raise DataError(f"cannot read image {path}: {e or type(e).__name__}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -16,7 +17,17 @@ from detectron2.utils.file_io import PathManager
 from ..config import read_choice
 from ..errors import ConfigError, DataError
 from .categories import forget_names, read_categories, resolve_categories
-from .check import check_annotations, forget_images, keep_images, read_coco, refuse_errors
+from .check import (
+    check_annotations,
+    check_sizes,
+    forget_images,
+    keep_images,
+    log_warnings,
+    read_coco,
+    refuse_errors,
+    see_all,
+)
+from .check_annotations import BOX_DIFFERS, summary_problems
 from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
 
 logger = logging.getLogger("panet_d2")
@@ -64,11 +75,10 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
         classes = {c["id"]: c["name"] for c in categories}
-    except (KeyError, TypeError) as e:
-        raise DataError(
-            f"{json_file}: each of its categories must have an id and a name "
-            f"({type(e).__name__}: {e})."
-        ) from e
+    except (KeyError, TypeError):
+        categories = content["categories"]
+        refuse_errors(check_annotations({"images": [], "categories": categories}), json_file)
+        raise
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -101,10 +111,22 @@ def coco_entries(cfg: CfgNode) -> List[Tuple[str, str, str]]:
     entries, wanted = cfg.DATASETS.REGISTER_COCO, "(name, annotation file, image folder)"
     if not isinstance(entries, (list, tuple)):
         raise ConfigError(f"DATASETS.REGISTER_COCO is {entries!r}; it must be a list of {wanted}.")
+    names = set()
     for entry in entries:
         if not isinstance(entry, (list, tuple)) or [type(e) for e in entry] != [str] * 3:
             raise ConfigError(f"DATASETS.REGISTER_COCO has {entry!r}; each entry must be {wanted}.")
+        if entry[0] in names:
+            raise ConfigError(f"DATASETS.REGISTER_COCO names {entry[0]!r} more than once.")
+        names.add(entry[0])
     return [tuple(entry) for entry in entries]
+
+
+def dataset_names(cfg: CfgNode, split: str) -> Sequence[str]:
+    """Return ``DATASETS.TRAIN`` or ``TEST``; raise a ConfigError if it is not a list of names."""
+    names = cfg.DATASETS[split]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"DATASETS.{split} is {names!r}; it must be a list of names.")
+    return names
 
 
 def _keypoint_metadata(categories: List[dict]) -> dict:
@@ -142,9 +164,10 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             finds an error by :func:`panet_d2.data.check_annotations`.
     """
     used: Dict[str, str] = {}
-    for split in needed:
-        for name in cfg.DATASETS[split]:
-            used.setdefault(name, split)
+    for split in ("TRAIN", "TEST"):
+        for name in dataset_names(cfg, split):
+            if split in needed:
+                used.setdefault(name, split)
     check = read_choice(cfg, "DATASETS.CHECK_ANNOTATIONS", (True, False))
     # Only train() of the main process reads the images, see check_training_images.
     keep = "TRAIN" in needed and cfg.DATASETS.CHECK_IMAGES is True and comm.is_main_process()
@@ -170,21 +193,34 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
                 "listed in DATASETS.REGISTER_COCO."
             )
         if name in files:
-            content = files[name].content
-            annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
-            keypoints = _num_keypoints(cfg, name, annotations)
-            if check:
-                masks = None if cfg.MODEL.MASK_ON else False
-                evaluated = name in cfg.DATASETS.TEST and "TEST" in needed
-                _check_in_main_process(name, files[name], masks, evaluated, keypoints)
-            _check_images(name, content)
-            if split == "TRAIN":
-                _check_trainable(cfg, name, annotations)
-                _warn_of_flips(cfg, name)
+            evaluated = name in cfg.DATASETS.TEST and "TEST" in needed
+            _check_dataset(cfg, name, files[name], check, split == "TRAIN", evaluated)
             if keep:
-                keep_images(name, content["images"])
+                keep_images(name, files[name].content["images"])
+        elif split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+            _check_shapely(cfg, repr(name))
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     resolve_categories(cfg)
+
+
+def _check_dataset(
+    cfg: CfgNode, name: str, file: _CocoFile, check: bool, trained: bool, evaluated: bool
+) -> None:
+    """Check a dataset that will be trained on, evaluated on, or both; each annotation if wanted."""
+    content, json_file = file.content, MetadataCatalog.get(name).json_file
+    annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
+    keypoints = _num_keypoints(cfg, name, annotations)
+    if cfg.MODEL.MASK_ON:
+        _check_masks(cfg, json_file, annotations, trained)
+    if check:
+        masks = bool(cfg.MODEL.MASK_ON)
+        _check_in_main_process(name, file, masks, evaluated, keypoints, trained)
+    _check_images(name, content)
+    refuse_errors(check_sizes(cfg, content, trained, evaluated), json_file)
+    if trained:
+        if all(a.get("iscrowd", 0) for a in annotations):
+            raise DataError(f"{json_file} has no annotations to train on.")
+        _warn_of_flips(cfg, name)
 
 
 def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
@@ -202,17 +238,20 @@ def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
 
 
 def _check_once(
-    name: str, file: _CocoFile, masks: Optional[bool], evaluated: bool, keypoints: int
+    name: str, file: _CocoFile, masks: bool, evaluated: bool, keypoints: int, trained: bool
 ) -> None:
     """Check annotations, unless the record says that they have no error."""
+    metadata = MetadataCatalog.get(name)
+    log_warnings(summary_problems(file.content, evaluated, trained), metadata.json_file)
     checked = file.state and CheckedFile(file.state, masks, evaluated, keypoints)
     if checked and is_known_clean(checked):
         return
-    metadata = MetadataCatalog.get(name)
     number = len(file.content.get("annotations", ()))
     logger.info(f"Checking the {number} annotations of {name!r} (DATASETS.CHECK_ANNOTATIONS) …")
-    problems = check_annotations(file.content, masks, evaluated, keypoints)
-    refuse_errors(problems, metadata.json_file, metadata.image_root)
+    # Whether there is something to train on is checked for known files too.
+    problems = check_annotations(file.content, masks, evaluated, keypoints, False)
+    refuse_errors(problems, metadata.json_file, see_all(metadata.json_file, metadata.image_root))
+    log_warnings([p for p in problems if p.what == BOX_DIFFERS], metadata.json_file)
     if checked and number >= _WORTH_REMEMBERING:
         remember_clean(checked)
 
@@ -230,22 +269,33 @@ def _check_images(name: str, content: dict) -> None:
         )
 
 
-def _check_trainable(cfg: CfgNode, name: str, annotations: List[dict]) -> None:
-    json_file = MetadataCatalog.get(name).json_file
-    annotations = [a for a in annotations if not a.get("iscrowd", 0)]
-    if not annotations:
-        raise DataError(f"{json_file} has no annotations to train on.")
-    if cfg.MODEL.MASK_ON:
-        masks = [a["segmentation"] for a in annotations if a.get("segmentation")]
-        if not masks:
-            raise DataError(
-                f"{json_file} has no masks; MODEL.MASK_ON must be False to train on its boxes."
-            )
-        if cfg.INPUT.MASK_FORMAT == "polygon" and any(isinstance(m, dict) for m in masks):
-            raise ConfigError(
-                f"INPUT.MASK_FORMAT is 'polygon', but {json_file} has masks in RLE; it must be "
-                "'bitmask'."
-            )
+def _check_masks(cfg: CfgNode, json_file: str, annotations: List[dict], trained: bool) -> None:
+    if trained:
+        annotations = [a for a in annotations if not a.get("iscrowd", 0)]
+    masks = [a["segmentation"] for a in annotations if a.get("segmentation")]
+    if annotations and not masks:
+        raise DataError(
+            f"{json_file} has no masks; MODEL.MASK_ON must be False to use its boxes alone."
+        )
+    if not trained:
+        return
+    if cfg.INPUT.MASK_FORMAT == "polygon" and any(isinstance(m, dict) for m in masks):
+        raise ConfigError(
+            f"INPUT.MASK_FORMAT is 'polygon', but {json_file} has masks in RLE; it must be "
+            "'bitmask'."
+        )
+    if any(isinstance(m, list) for m in masks):
+        _check_shapely(cfg, json_file)
+
+
+def _check_shapely(cfg: CfgNode, polygons: str) -> None:
+    """Raise a ConfigError if ``polygons``, the name of a dataset or file, cannot be cropped."""
+    if cfg.INPUT.CROP.ENABLED and importlib.util.find_spec("shapely") is None:
+        raise ConfigError(
+            f"INPUT.CROP.ENABLED is True, and {polygons} has masks in polygons; with any "
+            "INPUT.MASK_FORMAT they need the package shapely to be cropped: pip install shapely, "
+            "or set INPUT.CROP.ENABLED to False."
+        )
 
 
 def _num_keypoints(cfg: CfgNode, name: str, annotations: List[dict]) -> int:

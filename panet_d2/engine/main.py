@@ -6,7 +6,9 @@ import argparse
 import logging
 import os
 import tempfile
-from typing import Any, Dict, Optional, Sequence
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
@@ -39,6 +41,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         DataError: if a dataset cannot be used.
         CheckpointError: if ``OUTPUT_DIR`` holds another run.
     """
+    with _replayed():
+        return _setup(args)
+
+
+def _setup(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # default_setup logs its content
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
@@ -53,12 +60,31 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "set OUTPUT_DIR to another folder."
         )
     changes = changed_keys(cfg) if args.resume and not args.eval_only else {}
-    default_setup(cfg, args)  # replaces config.yaml
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="panet_d2")
     if changes:
         text = ", ".join(f"{key} {value!r} (was {old!r})" for key, (value, old) in changes.items())
         logger.warning(f"This run continues with other config values than it had so far: {text}.")
+    default_setup(cfg, args)  # replaces config.yaml
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="panet_d2")
     return cfg
+
+
+@contextmanager
+def _replayed() -> Iterator[None]:
+    """Keep what is logged until the block has set up the log file, so that the file has it too."""
+    if logger.handlers:  # the file of an earlier run of this process
+        yield
+        return
+    early = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    logger.addHandler(early)
+    try:
+        yield
+    finally:
+        logger.removeHandler(early)
+        # The root's handlers have them already.
+        nowhere = [] if logging.root.handlers else [logging.lastResort]
+        for record in early.buffer:
+            for handler in filter(None, logger.handlers or nowhere):
+                handler.handle(record)
 
 
 def _check_output_folder(folder: str) -> None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 from importlib import import_module
 
@@ -20,6 +21,7 @@ MODULE = import_module("panet_d2.data.check_annotations")  # the package has a f
 NAN = float("nan")
 INF = float("inf")
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+WHOLE = [[0, 9, 31, 9, 31, 64, 0, 64]]
 
 
 class Squares:
@@ -34,7 +36,7 @@ class Squares:
             self.content = json.load(f)
 
     def annotation(self, index, **changes):
-        """Change an annotation; what is None is removed."""
+        """Change an annotation; what is None is removed. A new mask gets a box that fits."""
         annotation = {**self.content["annotations"][index], **changes}
         annotation = {k: v for k, v in annotation.items() if v is not None}
         self.content["annotations"][index] = annotation
@@ -55,6 +57,17 @@ class Squares:
 @pytest.fixture
 def squares(tmp_path):
     return Squares(tmp_path)
+
+
+def tight_box(segmentation):
+    """The box of a valid mask, as COCO has it."""
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
+        low, high = points.min(axis=0), points.max(axis=0)
+        return [*low.tolist(), *(high - low).tolist()]
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return mask_util.toBbox(segmentation).tolist()
 
 
 def brief(problems):
@@ -147,11 +160,13 @@ def test_pycocotools_gets_no_text_that_it_would_read_past(squares, what, monkeyp
 def test_nothing_to_see_needs_no_mask(squares, bbox, segmentation):
     """An annotation that is left out for its box may have a mask of nothing."""
     squares.annotation(4, bbox=bbox, segmentation=segmentation)
-    assert {p.severity for p in check_annotations(squares.content)} == {"warning"}
+    problems = check_annotations(squares.content, evaluated=False)
+    assert {p.severity for p in problems} == {"warning"}
 
 
 def test_an_outline_may_cross_itself(squares):
-    squares.annotation(4, segmentation=[[10, 10, 30, 30, 30, 10, 10, 30]])
+    outline = [[10, 10, 30, 30, 30, 10, 10, 30]]
+    squares.annotation(4, segmentation=outline, bbox=tight_box(outline))
     assert check_annotations(squares.content) == []
 
 
@@ -163,7 +178,8 @@ def test_whole_rle_is_none(squares, seed):
         mask = (rng.random((64, 96)) < probability).astype(np.uint8)
         mask[rng.integers(64), rng.integers(96)] = 1
         encoded = mask_util.encode(np.asfortranarray(mask))
-        squares.annotation(4, segmentation=rle(encoded["counts"].decode()))
+        box = mask_util.toBbox(encoded).tolist()
+        squares.annotation(4, segmentation=rle(encoded["counts"].decode()), bbox=box)
         assert check_annotations(squares.content) == []
         runs = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=0, append=2))
         runs = np.diff(runs, prepend=0).tolist()
@@ -214,7 +230,9 @@ def test_ids_of_two_kinds_have_no_order(squares, kind):
 def test_category_without_a_name(squares):
     del squares.content["categories"][1]["name"]
     assert brief(check_annotations(squares.content)) == [("error", "category 2", "has no name")]
-    with pytest.raises(DataError, match=f"{squares.json_file}: each of its categories.*name"):
+    with pytest.raises(
+        DataError, match=f"{squares.json_file} cannot be used: category 2: has no name"
+    ):
         setup_datasets(squares.config())
 
 
@@ -267,19 +285,21 @@ PARTLY_WRONG = {
     "box of no area": (lambda s: s.annotation(6, bbox=[9, 9, 0, 9]), [2, 2, 2, 1]),
     "box is outside the image": (lambda s: s.annotation(6, bbox=[96, 9, 9, 9]), [2, 2, 2, 1]),
     "box is partly outside the image": (
-        lambda s: s.annotation(6, bbox=[-9, 9, 40, 99]),
+        lambda s: s.annotation(6, bbox=[-9, 9, 40, 99], segmentation=WHOLE),
         [2, 2, 2, 2],
     ),
     "box is partly outside the image below": (
-        lambda s: s.annotation(6, bbox=[9, 40, 24, 26]),
+        lambda s: s.annotation(
+            6, bbox=[9, 40, 24, 26], segmentation=[[9, 40, 33, 40, 33, 64, 9, 64]]
+        ),
         [2, 2, 2, 2],
     ),
     "mask is partly outside the image": (
-        lambda s: s.annotation(6, segmentation=[[-9, 9, 30, 9, 30, 30]]),
+        lambda s: s.annotation(6, bbox=[0, 9, 30, 21], segmentation=[[-9, 9, 30, 9, 30, 30]]),
         [2, 2, 2, 2],
     ),
     "polygon of fewer than three points": (
-        lambda s: s.annotation(6, segmentation=[SQUARE, SQUARE[:4]]),
+        lambda s: s.annotation(6, bbox=[10, 10, 20, 20], segmentation=[SQUARE, SQUARE[:4]]),
         [2, 2, 2, 2],
     ),
     "has no annotations": (lambda s: s.content["annotations"].__delitem__(slice(6, 8)), [2, 2, 2]),
@@ -365,9 +385,10 @@ def _outline(rng, height, width):
 def _segmentation(rng, height, width):
     if rng.random() < 0.6:
         return [_outline(rng, height, width) for _ in range(rng.integers(1, 4))]
-    first, inside = rng.integers(1, [max(height, 2), max(width, 2)]).tolist()
-    runs = [first, inside, height * width - first - inside]
-    if rng.random() < 0.5 or min(runs) < 0:
+    first = int(rng.integers(height * width))
+    runs = [first, int(rng.integers(1, height * width - first + 1))]
+    runs.append(height * width - sum(runs))
+    if rng.random() < 0.5:
         return rle(runs, (height, width))
     return compressed(runs, (height, width))
 
@@ -386,10 +407,10 @@ def _random_content(rng, count):
         annotation = {
             **{"id": number, "image_id": image["id"], "category_id": int(rng.integers(1, 4))},
             **{"area": float(rng.uniform(1, 99)), "iscrowd": int(rng.random() < 0.2)},
-            "bbox": [0, 0.5, width / 2, height],
             "segmentation": _segmentation(rng, height, width),
             **{"keypoints": [1, 2.5, 2, 3, 4, 1], "num_keypoints": 2},
         }
+        annotation["bbox"] = tight_box(annotation["segmentation"])
         annotations.append(annotation)
     categories = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -523,7 +544,8 @@ def test_only_the_damaged_are_checked_exactly(squares):
     rng = np.random.default_rng(0)
     for index, annotation in enumerate(squares.content["annotations"]):
         if index % 2:
-            squares.annotation(index, segmentation=[_outline(rng, 64, 96), SQUARE])
+            polygons = [_outline(rng, 64, 96), SQUARE]
+            squares.annotation(index, segmentation=polygons, bbox=tight_box(polygons))
         else:
             squares.annotation(index, segmentation=annotation["segmentation"], ignore=0)
     assert _found(squares.content, True) == ([], 0)
@@ -534,3 +556,140 @@ def test_only_the_damaged_are_checked_exactly(squares):
     problems, checked = _found(squares.content, True)
     assert problems == _found(squares.content, False)[0]
     assert len(problems) == checked == 3
+
+
+def _set(kind, index, **changes):
+    return lambda s: s.content[kind][index].update(changes)
+
+
+TYPES = {
+    "id is not a whole number or text (1.0)": _set("images", 0, id=1.0),
+    "id is not a whole number or text (true)": _set("images", 0, id=True),
+    "id is not a whole number or text (null)": _set("annotations", 0, id=None),
+    "id is not a whole number or text (nan)": _set("categories", 0, id=NAN),
+    "file name is not text (7)": _set("images", 0, file_name=7),
+    "has no file name": _set("images", 0, file_name=None),
+    "size is not whole numbers (64.0 x 96.0)": _set("images", 0, height=64.0, width=96.0),
+    "size is not whole numbers ('64' x '96')": _set("images", 0, height="64", width="96"),
+    "has no size (height is null, width 96)": _set("images", 0, height=None),
+    "name is not text (1)": _set("categories", 0, name=1),
+    "name is not text (true)": _set("categories", 0, name=True),
+    "unknown category (category_id is '2', which is text; categories have numbers as ids)": _set(
+        "annotations", 0, category_id="2"
+    ),
+    "unknown category (category_id is 2.0, which is not a whole number or text)": _set(
+        "annotations", 0, category_id=2.0
+    ),
+    "unknown category (category_id is null, which is not a whole number or text)": _set(
+        "annotations", 0, category_id=None
+    ),
+    "unknown category (it has no category_id)": lambda s: s.annotation(0, category_id=None),
+    "unknown category (99)": _set("annotations", 0, category_id=99),
+    "unknown image (image_id is '1', which is text; images have numbers as ids)": _set(
+        "annotations", 0, image_id="1"
+    ),
+    "unknown image (image_id is true, which is not a whole number or text)": _set(
+        "annotations", 0, image_id=True
+    ),
+    "'iscrowd' is neither 0 nor 1 ('0')": _set("annotations", 0, iscrowd="0"),
+    "area is not a number ('576')": _set("annotations", 0, area="576"),
+    "box is not four numbers ([2, 2, True, 24])": _set("annotations", 0, bbox=[2, 2, True, 24]),
+    "box is not four numbers (null)": _set("annotations", 0, bbox=None),
+    "annotation id is 0 (COCO's evaluation takes it for none; number annotations from 1)": _set(
+        "annotations", 0, id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", TYPES)
+def test_messages_show_what_is_there(squares, message):
+    TYPES[message](squares)
+    errors = [p for p in check_annotations(squares.content) if p.severity == "error"]
+    assert any(str(p).endswith(f": {message}") for p in errors)
+    cfg = squares.config()
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    with pytest.raises(DataError, match=f"{squares.json_file} cannot be used"):
+        setup_datasets(cfg)
+
+
+UNREADABLE_MASKS = {
+    "has no mask": (None, [], {}),
+    "polygon of fewer than three points": ([[]], [SQUARE[:4]], [SQUARE[:4], SQUARE], [[1, 2]]),
+    "polygon with an odd number of coordinates": ([SQUARE[:5]],),
+}
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+@pytest.mark.parametrize("what", UNREADABLE_MASKS)
+def test_masks_that_evaluation_cannot_read(squares, what, crowd):
+    """pycocotools tells polygons from boxes by the first, and reads the masks of crowds."""
+    for segmentation in UNREADABLE_MASKS[what]:
+        changed = squares.content["annotations"][4]
+        changed.update(segmentation=segmentation, iscrowd=crowd, bbox=[10, 10, 20, 20])
+        errors = [p for p in check_annotations(squares.content) if p.severity == "error"]
+        assert what in [p.what for p in errors]
+        assert {p.where for p in errors} == {"annotation 5 (image 3)"}
+        cfg = squares.config()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+        with pytest.raises(DataError, match=what):
+            setup_datasets(cfg)
+
+
+def test_training_needs_no_masks_of_crowds(squares):
+    squares.annotation(4, segmentation=None, iscrowd=1)
+    assert check_annotations(squares.content, evaluated=False) == []
+    setup_datasets(squares.config())
+
+
+def test_no_masks_at_all_is_one_error(squares):
+    for annotation in squares.content["annotations"]:
+        annotation["segmentation"] = []
+    assert check_annotations(squares.content) == []
+    [error] = check_annotations(squares.content, masks=True)
+    assert str(error) == "annotations: have no masks (MODEL.MASK_ON must be False)"
+    for split in ("TRAIN", "TEST"):
+        cfg = squares.config("DATASETS.TRAIN", [])
+        cfg.DATASETS[split] = ["checked_squares"]
+        with pytest.raises(DataError, match="instances.json has no masks; MODEL.MASK_ON must be F"):
+            setup_datasets(cfg)
+
+
+def test_category_without_annotations(squares, caplog):
+    squares.content["categories"].insert(0, {"id": 0, "name": "cells"})
+    problems = check_annotations(squares.content, evaluated=False)
+    assert list(map(str, problems)) == ["category 0 (cells): has no annotations"]
+    # A small test set may lack some.
+    assert check_annotations(squares.content, trained=False) == []
+    cfg = squares.config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    assert "category 0 (cells): has no annotations" in _logged(cfg, caplog)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+    assert _logged(cfg, caplog) == ""
+
+
+def test_categories_of_one_name(squares, caplog):
+    squares.content["categories"][2]["name"] = "class0"
+    [warning] = check_annotations(squares.content)
+    assert warning.where == "category 3 (class0)" and warning.severity == "warning"
+    assert "another category has the same name" in _logged(squares.config(), caplog)
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_nothing_to_evaluate_on(squares, caplog, crowds):
+    for annotation in squares.content["annotations"]:
+        annotation["iscrowd"] = 1
+    if not crowds:
+        squares.content["annotations"].clear()
+    [warning] = check_annotations(squares.content)
+    assert warning.what == "there are none to evaluate on" and warning.severity == "warning"
+    assert check_annotations(squares.content, evaluated=False, trained=True)[0].severity == "error"
+    cfg = squares.config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
+    assert "instances.json: annotations: there are none to evaluate on" in _logged(cfg, caplog)
+
+
+def _logged(cfg, caplog):
+    caplog.clear()
+    logging.getLogger("panet_d2").propagate = True
+    with caplog.at_level(logging.WARNING, "panet_d2"):
+        setup_datasets(cfg)
+    return "\n".join(r.getMessage() for r in caplog.records)

@@ -283,6 +283,48 @@ def test_bad_data(data, edit, opts, error, message):
         setup_datasets(config(*opts))
 
 
+def _to_polygons(content):
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def test_cropped_polygons_need_shapely(data, monkeypatch):
+    """Also with bitmasks, because Detectron2 crops polygons before it draws them."""
+    found = [None]
+    monkeypatch.setattr(register.importlib.util, "find_spec", lambda name: found[0])
+    crop = ("INPUT.CROP.ENABLED", True)
+    setup_datasets(config(*crop))  # RLE
+    data(_to_polygons)
+    setup_datasets(config())
+    setup_datasets(config(*crop, "MODEL.MASK_ON", False))
+    setup_datasets(config(*crop, "DATASETS.TEST", ["squares_train"]), needed=["TEST"])
+    message = "INPUT.CROP.ENABLED is True, and .*instances.json .*INPUT.MASK_FORMAT.*shapely"
+    for mask_format in ("polygon", "bitmask"):
+        with pytest.raises(ConfigError, match=message):
+            setup_datasets(config(*crop, "INPUT.MASK_FORMAT", mask_format))
+    registered = ("DATASETS.TRAIN", ["coco_2017_val"], "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+    with pytest.raises(ConfigError, match="'coco_2017_val' has masks in polygons.*shapely"):
+        setup_datasets(config(*crop, *registered, "INPUT.MASK_FORMAT", "polygon"))
+    found[0] = "a package"
+    setup_datasets(config(*crop))
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("names", ["squares_train", None, ["squares_train", 1]])
+def test_names_must_be_a_list(data, split, names):
+    cfg = config()
+    cfg.DATASETS[split] = names
+    with pytest.raises(ConfigError, match=f"DATASETS.{split} is .*it must be a list of names"):
+        setup_datasets(cfg)
+
+
+def test_one_name_for_two_files(data):
+    entries = [list(ENTRY), ["squares_train", "other/instances.json", "other/images"]]
+    with pytest.raises(ConfigError, match="REGISTER_COCO names 'squares_train' more than once"):
+        setup_datasets(config("DATASETS.REGISTER_COCO", entries))
+
+
 def test_boxes_alone_will_do_without_masks(data):
     data(lambda c: [a.pop("segmentation") for a in c["annotations"]])
     setup_datasets(config("MODEL.MASK_ON", False))

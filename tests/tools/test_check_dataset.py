@@ -96,6 +96,19 @@ def test_masks_only_where_the_config_has_them(squares, tmp_path):  # noqa: F811
     assert cli.run(tool.main, ["--config-file", config, "--opts", "MODEL.MASK_ON", "False"]) == 0
 
 
+def test_what_the_config_needs(squares, tmp_path, capsys):  # noqa: F811
+    """Masks of test data, and images that its sizes leave."""
+    for annotation in squares.content["annotations"]:
+        del annotation["segmentation"]
+    squares.image(0, height=1, width=2000)
+    config = write_config(squares, tmp_path, "INPUT.MAX_SIZE_TEST", 500)
+    test = ["--opts", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('checked_squares',)"]
+    assert cli.run(tool.main, ["--config-file", config, *test]) == 1
+    out = capsys.readouterr().out
+    assert "error: annotations: have no masks (MODEL.MASK_ON must be False)\n" in out
+    assert "2000x1 pixels become 500x0 by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST" in out
+
+
 def test_a_generated_data_set_is_made(cache, tmp_path, capsys):  # noqa: F811
     config = tmp_path / "config.yaml"
     config.write_text("DATASETS: {TRAIN: [panet_shapes_train], TEST: [panet_shapes_val]}\n")

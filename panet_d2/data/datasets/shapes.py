@@ -304,7 +304,7 @@ def _write_split(folder: str, split: str, size: int, progress: tqdm) -> None:
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
     }
-    with open(_json_file(folder, split), "w") as f:
+    with open(_json_file(folder, split), "w", encoding="utf-8") as f:
         json.dump(content, f)
 
 

@@ -1,0 +1,151 @@
+"""Find out whether the boxes of an annotation file are in another convention than COCO's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+
+# Left, top, right and bottom in pixels; height and width of an image.
+Corners = Tuple[float, float, float, float]
+Size = Tuple[int, int]
+
+# Rounding down both corner and size moves an edge by up to two pixels.
+_ROUNDING = 2.0
+# Legitimate boxes overlap less than this with their masks if they are those of the whole object
+# and the mask has its visible part alone, or if they have a wide margin.
+_LOOSE = 0.5
+
+_COCO = "x, y, width, height"
+_CONVENTIONS: Dict[str, Callable[[float, float, float, float], Corners]] = {
+    _COCO: lambda x, y, w, h: (x, y, x + w, y + h),
+    "corners (x0, y0, x1, y1)": lambda x0, y0, x1, y1: (x0, y0, x1, y1),
+    "corners (y0, x0, y1, x1)": lambda y0, x0, y1, x1: (x0, y0, x1, y1),
+    "y, x, height, width": lambda y, x, h, w: (x, y, x + w, y + h),
+    "x, y, height, width": lambda x, y, h, w: (x, y, x + w, y + h),
+    "center x, center y, width, height": lambda x, y, w, h: (
+        *(x - w / 2, y - h / 2),
+        *(x + w / 2, y + h / 2),
+    ),
+}
+_FRACTIONS = "fractions of the image's size (0 to 1)"
+
+
+def is_near(box: Corners, mask: Corners) -> bool:
+    """Whether a box is a mask's but for rounding. Never with NaN."""
+    return (
+        abs(box[0] - mask[0]) <= _ROUNDING
+        and abs(box[1] - mask[1]) <= _ROUNDING
+        and abs(box[2] - mask[2]) <= _ROUNDING
+        and abs(box[3] - mask[3]) <= _ROUNDING
+    )
+
+
+class BoxStatistics:
+    """
+    Collect what the boxes of an annotation file look like.
+
+    Attributes:
+        with_mask (int): the number of boxes compared with their object's mask.
+        without_mask (list[tuple]): the boxes of objects that have no mask, as in the file, each
+            with its image's size.
+    """
+
+    def __init__(self) -> None:
+        self.with_mask = 0
+        self.without_mask: List[Tuple[Sequence[float], Size]] = []
+        self._misfits = self._disjoint = 0
+        self._conventions: Counter = Counter()  # that the misfits are in
+
+    def compare(self, box: Sequence[float], mask: Corners, size: Size) -> str:
+        """
+        Count a box, and compare it with its object's mask.
+
+        Args:
+            box (sequence[float]): as in the file.
+            mask (Corners): the extent of the mask.
+            size (Size): the image's.
+
+        Returns:
+            str: how the box differs from the mask; "" if it does not, or the mask is not visible.
+        """
+        mask = _clip(mask, size)
+        if mask[0] >= mask[2] or mask[1] >= mask[3]:
+            return ""
+        self.with_mask += 1
+        as_coco = _clip(_CONVENTIONS[_COCO](*box), size)
+        overlap = _overlap(as_coco, mask)
+        if is_near(as_coco, mask) or overlap > 0.8:
+            return ""
+        self._misfits += 1
+        self._disjoint += overlap == 0
+        detail = f"IoU {overlap:.2f}"
+        for name, corners in _other_readings(box, size):
+            corners = _clip(corners, size)
+            if is_near(corners, mask) or _overlap(corners, mask) > 0.9:
+                self._conventions[name] += 1
+                return f"{detail}; it looks like {name}"
+        return detail if overlap < _LOOSE else ""
+
+    def fault(self) -> str:
+        """Say what is wrong with the boxes of the file if most cannot be meant; else return ""."""
+        count = self.with_mask
+        if not count:
+            name = _convention_without_masks(self.without_mask)
+        else:
+            name, fits = next(iter(self._conventions.most_common(1)), ("", 0))
+            if 2 * fits <= self._misfits or fits < max(min(3, count), count / 10):
+                name = ""
+            if not name and 2 * self._disjoint > count:
+                return "boxes lie beside their masks; both must be in pixels of the image"
+        return f"boxes look like {name}; COCO's are {_COCO}, in pixels" if name else ""
+
+
+def _convention_without_masks(boxes: Sequence[Tuple[Sequence[float], Size]]) -> str:
+    """The convention of boxes that cannot be COCO's, "" if they can."""
+    if 2 * sum(max(box) <= 1 and min(size) > 2 for box, size in boxes) > len(boxes):
+        return _FRACTIONS
+    # Boxes around whole objects may reach beyond the image, but not so many that are all inside
+    # when they are read in another way.
+    read = _CONVENTIONS[_COCO]
+    outside = sum(not _is_inside(read(*box), size) for box, size in boxes)
+    if outside < max(3, len(boxes) / 3):
+        return ""
+    inside: Counter = Counter()
+    for box, size in boxes:
+        inside.update(name for name, c in _other_readings(box, size) if _is_inside(c, size))
+    name, fits = next(iter(inside.most_common(1)), ("", 0))
+    return name if fits >= 0.98 * len(boxes) else ""
+
+
+def _other_readings(box: Sequence[float], size: Size) -> Iterator[Tuple[str, Corners]]:
+    """The corners of a box in each convention but COCO's, with the convention's name."""
+    for name, read in _CONVENTIONS.items():
+        if name != _COCO:
+            yield name, read(*box)
+    if max(box) <= 1:
+        height, width = size
+        for name, read in _CONVENTIONS.items():
+            x0, y0, x1, y1 = read(*box)
+            corners = x0 * width, y0 * height, x1 * width, y1 * height
+            yield f"{name}, in {_FRACTIONS}", corners
+
+
+def _is_inside(box: Corners, size: Size) -> bool:
+    """Whether a box of some area is inside the image, but for a pixel."""
+    (x0, y0, x1, y1), (height, width) = box, size
+    return -1 <= x0 < x1 <= width + 1 and -1 <= y0 < y1 <= height + 1
+
+
+def _clip(box: Corners, size: Size) -> Corners:
+    (x0, y0, x1, y1), (height, width) = box, size
+    return max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+
+
+def _overlap(a: Corners, b: Corners) -> float:
+    """Intersection over union. Either box may have no area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
