@@ -78,16 +78,21 @@ def _find(module: str) -> str:
         return f"no: {e}"
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Print :func:`collect_info` and Detectron2's report."""
-    parser = argparse.ArgumentParser(prog="python -m panet_d2.info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="panet_d2's part as JSON")
-    if parser.parse_args(argv).json:
-        print(json.dumps(collect_info(), indent=2))
+def _print(as_json: bool) -> None:
+    info = collect_info()
+    if as_json:
+        print(json.dumps(info, indent=2))
     else:
-        rows = [(name, "not set" if v is None else v) for name, v in collect_info().items()]
+        rows = [(name, "not set" if v is None else v) for name, v in info.items()]
         print(tabulate(rows), collect_env_info(), sep="\n")
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    """Print :func:`collect_info` and Detectron2's report; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m panet_d2.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="panet_d2's part as JSON")
+    return cli.run(_print, parser.parse_args(argv).json)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(main())
