@@ -1,6 +1,7 @@
 # make demo      set up, then train, evaluate and look at a small PANet on the embedded dataset
 # make test      set up, then run the linters and the test suite
 # make test-all  the same, with the tests that take minutes each: faults, fuzzing, load, export
+# make test-gpu  set up, then run the tests that need a CUDA device; fails where there is none
 # make setup     only set up: .venv with everything in it
 # make lint      only the linters: ruff, codespell and mypy
 # make clean     remove .venv and what the demo wrote
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test test-all setup lint clean FORCE
+.PHONY: demo test test-all test-gpu setup lint clean FORCE
 
 setup: $(STAMP)
 
@@ -66,6 +67,11 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m 'slow or not slow' --durations 20
+
+# Few processes at once, because each takes memory of the GPU.
+test-gpu: $(STAMP)
+	@$(BIN)/python -W ignore -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a CUDA device, and torch " + torch.__version__ + " finds none.")'
+	$(BIN)/python -m pytest -n 4 -m cuda
 
 # glibc gives large blocks back to the system at once, and every training step asks for them again;
 # keeping them makes a step on the CPU a sixth faster.

@@ -79,13 +79,15 @@ class LossHook(_Loop):
     """For Detectron2's training loops: sees each process's losses; the public method only means."""
 
     def check_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """Called with the losses of each step, before they are averaged over processes."""
+        """Called with the losses of each step, on the CPU, before processes average them."""
 
     def _write_metrics(
         self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any
     ) -> None:
-        self.check_losses(loss_dict)
-        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
+        # The parent copies them too; it finds them here already, and the GPU is asked once.
+        losses = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
+        self.check_losses(losses)
+        super()._write_metrics(losses, data_time, *args, **kwargs)
 
 
 class TrainingLoop(DefaultTrainer):

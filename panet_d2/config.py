@@ -55,10 +55,15 @@ def add_panet_config(cfg: CN) -> None:
     # Give these convs a bias even before a norm, as in the authors' release. Without a norm they
     # always have one.
     _C.MODEL.PAFPN.BIAS_BEFORE_NORM = False
-    # Keep the feature maps of backbone and neck in the channels-last memory format, which the
-    # RoIAlign of all levels, CUDA's convs in half precision and the CPU's convs read fastest. Not
-    # with deformable convs, which need contiguous maps.
-    _C.MODEL.PAFPN.CHANNELS_LAST = False
+    # Memory format of the feature maps of backbone and neck: "contiguous", "channels_last", which
+    # deformable convs cannot read, or "auto": channels_last if MODEL.DEVICE is the CPU, whose convs
+    # and RoIAlign read it fastest, and there are no deformable convs. Results are the same.
+    _C.MODEL.PAFPN.MEMORY_FORMAT = "auto"
+    _C.register_renamed_key(
+        "MODEL.PAFPN.CHANNELS_LAST",
+        "MODEL.PAFPN.MEMORY_FORMAT",
+        "True is now 'channels_last', False is 'contiguous'; the default is 'auto'.",
+    )
 
     # ---------------------------------------------------------------------------------------- #
     # Adaptive feature pooling, for each ROI head. Needs MODEL.ROI_HEADS.NAME: PANetROIHeads or

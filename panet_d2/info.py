@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from importlib import import_module
 from typing import Dict, List, Optional
 
@@ -16,8 +17,9 @@ import torchvision
 from detectron2.utils.collect_env import collect_env_info
 from tabulate import tabulate
 
-from . import __version__
-from .layers.multilevel_roi_align import implementation
+from . import __version__, cli
+from .layers.multilevel_roi_align import implementation, roi_align_choice
+from .layers.roi_align_check import DTYPES, triton_failure
 
 # Every environment variable that the package reads, except those that torchrun sets.
 ENVIRONMENT = ("DETECTRON2_DATASETS", "PANET_D2_CACHE", "PANET_D2_DEBUG", "PANET_D2_ROI_ALIGN")
@@ -25,8 +27,12 @@ ENVIRONMENT = ("DETECTRON2_DATASETS", "PANET_D2_CACHE", "PANET_D2_DEBUG", "PANET
 
 def collect_info() -> Dict[str, Optional[str]]:
     """
-    Return versions, each device and its RoIAlign ("triton", "cpu" or "reference"), and the
-    variables in :data:`ENVIRONMENT`, None if they are not set.
+    Return versions, each device and its RoIAlign ("triton", "cpu" or "reference", with the reason
+    if the Triton kernels fail their check), and the variables in :data:`ENVIRONMENT`, None if they
+    are not set.
+
+    Raises:
+        ConfigError: if ``PANET_D2_ROI_ALIGN`` is unknown.
     """
     info: Dict[str, Optional[str]] = {
         "panet_d2": __version__,
@@ -45,10 +51,23 @@ def collect_info() -> Dict[str, Optional[str]]:
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {major}.{minor}"
     for device, name in devices.items():
         info[device] = name
-        # For float32 and a sampling ratio of 2, as in the configs. Half precision gives the same.
-        info[f"RoIAlign on {device}"] = implementation([torch.zeros(1, 1, 1, 1).to(device)], 2)
+        chosen = _roi_align(torch.zeros(1, 1, 1, 1).to(device))
+        # The CPU's does not depend on the type.
+        by_type = ", ".join(f"{dtype}: {how}" for dtype, how in chosen.items())
+        info[f"RoIAlign on {device}"] = chosen["float32"] if device == "cpu" else by_type
     info.update((f"${variable}", os.environ.get(variable)) for variable in ENVIRONMENT)
     return info
+
+
+def _roi_align(feature: torch.Tensor) -> Dict[str, str]:
+    """Return the RoIAlign that runs on a feature map's device, by type."""
+    chosen = {}
+    for dtype in DTYPES:
+        name = str(dtype).replace("torch.", "")
+        chosen[name] = implementation([feature.type(dtype)], 2)  # the configs' sampling ratio
+        if chosen[name] == "reference" and roi_align_choice() == "auto":
+            chosen[name] += f" ({triton_failure(feature.device, dtype)})"
+    return chosen
 
 
 def _find(module: str) -> str:
@@ -59,16 +78,21 @@ def _find(module: str) -> str:
         return f"no: {e}"
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Print :func:`collect_info` and Detectron2's report."""
-    parser = argparse.ArgumentParser(prog="python -m panet_d2.info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="panet_d2's part as JSON")
-    if parser.parse_args(argv).json:
-        print(json.dumps(collect_info(), indent=2))
+def _print(as_json: bool) -> None:
+    info = collect_info()
+    if as_json:
+        print(json.dumps(info, indent=2))
     else:
-        rows = [(name, "not set" if v is None else v) for name, v in collect_info().items()]
+        rows = [(name, "not set" if v is None else v) for name, v in info.items()]
         print(tabulate(rows), collect_env_info(), sep="\n")
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    """Print :func:`collect_info` and Detectron2's report; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m panet_d2.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="panet_d2's part as JSON")
+    return cli.run(_print, parser.parse_args(argv).json)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 
 from panet_d2 import add_panet_config
 from panet_d2.config import read_choice
+from panet_d2.engine import setup_config
 from panet_d2.errors import ConfigError
 
 from .common import ROOT, leaves
@@ -33,6 +34,13 @@ def test_heads_do_not_share_a_node():
     add_panet_config(cfg)
     cfg.MODEL.ROI_BOX_HEAD.AFP.FUSION = "sum"
     assert cfg.MODEL.ROI_MASK_HEAD.AFP.FUSION == "max"
+
+
+def test_old_keys_name_the_new_ones(tmp_path):
+    (tmp_path / "old.yaml").write_text("MODEL: {PAFPN: {CHANNELS_LAST: True}}")
+    for opts, config_file in ((["MODEL.PAFPN.CHANNELS_LAST", "False"], ""), ([], "old.yaml")):
+        with pytest.raises(ConfigError, match="CHANNELS_LAST was renamed to .*MEMORY_FORMAT"):
+            setup_config(str(tmp_path / config_file) if config_file else "", opts)
 
 
 def test_checked():

@@ -129,6 +129,12 @@ def test_command():
     assert json.loads(done.stdout)["panet_d2"] == panet_d2.__version__
 
 
+def test_an_unknown_roi_align_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("PANET_D2_ROI_ALIGN", "cuda")
+    assert info.main(["--json"]) == cli.FAILED
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_detectron2s_report_follows(capsys):
     info.main([])
     printed = capsys.readouterr().out

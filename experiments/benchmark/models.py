@@ -106,14 +106,20 @@ class NaivePooler(nn.Module):
     def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
         """As :meth:`AdaptiveROIPooler.forward`."""
         boxes = convert_boxes_to_pooler_format(box_lists)
-        levels = []
-        for feature, pooler, layer in zip(x, self.level_poolers, self.layers):
-            grid = pooler(feature, boxes)
-            if self.adaptation == "fc":
-                grid = grid.flatten(start_dim=1)
-            levels.append(layer(grid).relu())
-        fused = torch.stack(levels).amax(dim=0)
+        levels = [
+            self.adapt(pooler(feature, boxes), layer)
+            for feature, pooler, layer in zip(x, self.level_poolers, self.layers)
+        ]
+        fused = self.fuse(levels)
         return fused[:, :, None, None] if self.adaptation == "fc" else fused
+
+    def adapt(self, grid: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """One level's part of :meth:`AdaptiveROIPooler.adapt`."""
+        return layer(grid.flatten(start_dim=1) if self.adaptation == "fc" else grid)
+
+    def fuse(self, levels: List[torch.Tensor]) -> torch.Tensor:
+        """As :meth:`AdaptiveROIPooler.fuse`."""
+        return torch.stack([level.relu() for level in levels]).amax(dim=0)
 
 
 def build_models(cfg: CfgNode, head: str) -> Dict[str, nn.Module]:
@@ -271,10 +277,8 @@ def part_times(model: nn.Module, device: str) -> Iterator[PartTimes]:
     ]
     for pooler in (heads.box_pooler, heads.mask_pooler):
         undo.append(times.wrap(pooler, "forward", "pooling"))
-        if isinstance(pooler, AdaptiveROIPooler):
+        if isinstance(pooler, (AdaptiveROIPooler, NaivePooler)):
             undo += [times.wrap(pooler, name, "adaptation") for name in ("adapt", "fuse")]
-        elif isinstance(pooler, NaivePooler):
-            undo += [times.wrap(layer, "forward", "adaptation") for layer in pooler.layers]
     try:
         yield times
     finally:

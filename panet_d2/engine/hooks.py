@@ -46,6 +46,7 @@ class StopOnSignal(HookBase):
             SystemExit: if a process got SIGTERM and steps are left.
         """
         done = self.trainer.iter + 1
+        # Detectron2 gathers over gloo, so that no process waits for its GPU.
         if not any(comm.all_gather(self._asked)) or done >= self.trainer.max_iter:
             return
         self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)

@@ -68,7 +68,7 @@ class _FiniteLosses(LossHook):
     """Check the losses of this process, not only their mean over processes."""
 
     def check_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        values = {name: float(loss) for name, loss in losses.items()}
         if not all(isfinite(value) for value in values.values()):
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise FloatingPointError(f"a loss is not finite: {text}")

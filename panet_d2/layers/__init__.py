@@ -1,6 +1,6 @@
 from .levelwise import LevelwiseConv2d, LevelwiseLinear
 from .linear import Linear
-from .multilevel_roi_align import FUSIONS, fuse_levels, multilevel_roi_align
+from .multilevel_roi_align import FUSIONS, fuse_levels, multilevel_roi_align, roi_align_choice
 
 __all__ = [
     "FUSIONS",
@@ -9,4 +9,5 @@ __all__ = [
     "Linear",
     "fuse_levels",
     "multilevel_roi_align",
+    "roi_align_choice",
 ]

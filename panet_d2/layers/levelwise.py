@@ -1,14 +1,20 @@
-"""Layers with independent weights for each level of a pyramid, run for all levels at once."""
+"""Layers with independent weights for each level of a pyramid."""
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Union
+from typing import Callable, Iterator, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import nn
 
 Norm = Union[str, Callable[[int], nn.Module]]
+
+# Types of devices on which a loop over the levels replaces the one operator for all of them. On the
+# CPU, with 256 channels, convs take 0 to 6% less time so in inference and 10 to 16% less in
+# training; linear layers take the same and 10% less. CUDA has not been measured.
+LOOP_ON = ("cpu",)
 
 # Norms that treat each channel by itself, so that one of them serves all levels.
 _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -16,7 +22,8 @@ _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyn
 
 class LevelwiseConv2d(nn.Conv2d):
     """
-    A 3x3 conv and a norm for each level, with independent weights, as one grouped convolution.
+    A 3x3 conv and a norm for each level, with independent weights: one grouped convolution, or a
+    loop on the devices of :data:`LOOP_ON`.
 
     Along the first axis of every parameter and buffer, the levels follow each other, with
     ``out_channels`` entries each.
@@ -57,7 +64,13 @@ class LevelwiseConv2d(nn.Conv2d):
         # Not flatten and unflatten: in ONNX the former fails if M is 0, and the latter keeps the
         # M of the example.
         x = x.transpose(0, 1)
-        x = super().forward(x.reshape(x.shape[0], self.in_channels, *x.shape[3:]))
+        x = x.reshape(x.shape[0], self.in_channels, *x.shape[3:])
+        if x.device.type in LOOP_ON:
+            layers = _by_level(self.weight, self.bias, self.groups)
+            parts = zip(x.chunk(self.groups, 1), layers)
+            x = torch.cat([F.conv2d(part, *layer, padding=1) for part, layer in parts], 1)
+        else:
+            x = super().forward(x)
         if self.norm is not None:
             x = self.norm(x)
         x = x.reshape(x.shape[0], self.groups, self.out_channels // self.groups, *x.shape[2:])
@@ -66,8 +79,9 @@ class LevelwiseConv2d(nn.Conv2d):
 
 class LevelwiseLinear(nn.Module):
     """
-    A linear layer and a norm for each level, with independent weights, as one batched matrix
-    product. Parameters are laid out as in :class:`LevelwiseConv2d`.
+    A linear layer and a norm for each level, with independent weights: one batched matrix product,
+    or a loop on the devices of :data:`LOOP_ON`. Parameters are laid out as in
+    :class:`LevelwiseConv2d`.
     """
 
     def __init__(self, in_features: int, out_features: int, levels: int, norm: Norm = ""):
@@ -93,8 +107,12 @@ class LevelwiseLinear(nn.Module):
         Returns:
             Tensor: shape (L, M, out_features).
         """
-        weight = self.weight.unflatten(0, (self.levels, -1)).transpose(1, 2)
-        x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
+        if x.device.type in LOOP_ON:
+            layers = _by_level(self.weight, self.bias, self.levels)
+            x = torch.stack([F.linear(part, *layer) for part, layer in zip(x.unbind(), layers)])
+        else:
+            weight = self.weight.unflatten(0, (self.levels, -1)).transpose(1, 2)
+            x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
         if self.norm is None:
             return x
         # Detectron2's norms expect NCHW. No flatten and unflatten, see LevelwiseConv2d.
@@ -104,6 +122,13 @@ class LevelwiseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, levels={self.levels}"
+
+
+def _by_level(
+    weight: torch.Tensor, bias: Optional[torch.Tensor], levels: int
+) -> Iterator[Tuple[torch.Tensor, Optional[torch.Tensor]]]:
+    """Yield weight and bias of each level."""
+    return zip(weight.chunk(levels), [None] * levels if bias is None else bias.chunk(levels))
 
 
 class _NormOfEachLevel(nn.ModuleList):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Iterable, List, Optional, Tuple
 
 import torch
 from torchvision.ops import roi_align
 
+from ..errors import ConfigError
 from .roi_align_cpu import roi_align_levels_cpu
 
 # How the grids of one proposal become one. PANet (Sec. 3.2) uses "max"; it names "sum" beside it.
 FUSIONS = ("max", "sum", "mean", "product")
+# Values of the environment variable PANET_D2_ROI_ALIGN.
+CHOICES = ("auto", "triton", "reference")
+
+# torch 2.1 does not have it.
+_is_compiling = getattr(torch.compiler, "is_compiling", torch.jit.is_tracing)
 
 
 def fuse_levels(levels: Iterable[torch.Tensor], fusion: str) -> torch.Tensor:
@@ -60,9 +65,11 @@ def multilevel_roi_align(
     Half precision and bfloat16 are pooled in float32 and rounded once at the end. Box coordinates
     are never rounded to the features' type, in which a coordinate above 2048 loses whole pixels.
 
-    The implementation depends on the device: :func:`roi_align_levels_triton` on CUDA with Triton,
+    The implementation depends on the device: :func:`roi_align_levels_triton` on CUDA,
     :func:`roi_align_levels_cpu` on the CPU, :func:`multilevel_roi_align_reference` for everything
-    else, and everywhere if the environment variable ``PANET_D2_ROI_ALIGN`` is ``reference``.
+    else. The environment variable ``PANET_D2_ROI_ALIGN`` changes this: ``auto`` (the default) also
+    uses the reference where the Triton kernels fail a check at their first use; ``triton`` leaves
+    out this check, so that their errors are raised; ``reference`` uses the reference everywhere.
 
     On CUDA the gradient is a sum in no fixed order, as torchvision's is. Under
     :func:`torch.use_deterministic_algorithms` it is torchvision's deterministic one.
@@ -85,6 +92,7 @@ def multilevel_roi_align(
 
     Raises:
         ValueError: if ``fuse`` is unknown.
+        ConfigError: if ``PANET_D2_ROI_ALIGN`` has another value.
     """
     dtype = features[0].dtype
     chosen = implementation(features, sampling_ratio)
@@ -113,33 +121,53 @@ def multilevel_roi_align(
     return result.to(dtype)
 
 
+def roi_align_choice() -> str:
+    """
+    Return the environment variable ``PANET_D2_ROI_ALIGN``, one of :data:`CHOICES`.
+
+    Raises:
+        ConfigError: if its value is another.
+    """
+    choice = os.environ.get("PANET_D2_ROI_ALIGN") or "auto"
+    if choice not in CHOICES:
+        raise ConfigError(
+            f"the environment variable PANET_D2_ROI_ALIGN is {choice!r}; it must be one of "
+            f"{', '.join(CHOICES)}."
+        )
+    return choice
+
+
 def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
-    """The implementation for these features: "triton", "cpu" or "reference"."""
+    """
+    Choose the implementation for these features: "triton", "cpu" or "reference". The first choice
+    on a CUDA device checks the kernels, see :func:`panet_d2.layers.roi_align_check.triton_failure`.
+
+    Raises:
+        ConfigError: see :func:`roi_align_choice`.
+    """
+    choice = roi_align_choice()
     if (
-        os.environ.get("PANET_D2_ROI_ALIGN") == "reference"
+        choice == "reference"
         or sampling_ratio <= 0  # the number of samples differs from box to box
         or torch.jit.is_tracing()  # exporters know torchvision's op
     ):
         return "reference"
-    device = features[0].device
-    if device.type == "cpu":
-        return "cpu"
-    if device.type == "cuda" and _has_triton() and not torch.are_deterministic_algorithms_enabled():
-        from .roi_align_triton import covers
+    device, dtype = features[0].device, features[0].dtype
+    if not _for_triton(device):
+        return "cpu" if device.type == "cpu" else "reference"
+    from .roi_align_check import DTYPES, triton_failure
 
-        if covers(features, sampling_ratio):
-            return "triton"
-    return "reference"
+    if dtype not in DTYPES or torch.are_deterministic_algorithms_enabled() or _is_compiling():
+        return "reference"
+    if choice == "auto" and triton_failure(device, dtype):
+        return "reference"
+    from .roi_align_triton import covers
+
+    return "triton" if covers(features, sampling_ratio) else "reference"
 
 
-@cache
-def _has_triton() -> bool:
-    """Whether Triton is installed, in a version that passes tuples to kernels."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    return tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
+def _for_triton(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def multilevel_roi_align_reference(

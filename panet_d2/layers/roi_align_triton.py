@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .roi_align_check import DTYPES
+
 # What the kernels are told by number. "product" is not among them: its gradient needs the pooled
 # grids of all other levels, so that there would be nothing to save.
 TRITON_FUSIONS = {None: 0, "max": 1, "sum": 2, "mean": 3}
@@ -309,8 +311,7 @@ def covers(features: List[torch.Tensor], sampling_ratio: int) -> bool:
         len(features) <= MAX_LEVELS
         and 1 <= sampling_ratio <= MAX_SAMPLING_RATIO
         and {f.dtype for f in features} <= {features[0].dtype}
-        and features[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(features[0].device) >= (7, 0)  # Triton's oldest
+        and features[0].dtype in DTYPES
     )
 
 

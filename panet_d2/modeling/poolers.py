@@ -15,7 +15,14 @@ from torch import nn
 
 from ..config import read_choice
 from ..errors import ConfigError
-from ..layers import FUSIONS, LevelwiseConv2d, LevelwiseLinear, fuse_levels, multilevel_roi_align
+from ..layers import (
+    FUSIONS,
+    LevelwiseConv2d,
+    LevelwiseLinear,
+    fuse_levels,
+    multilevel_roi_align,
+    roi_align_choice,
+)
 
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
@@ -104,8 +111,10 @@ class AdaptiveROIPooler(ROIPooler):
             head (str): "ROI_BOX_HEAD", "ROI_MASK_HEAD" or "ROI_KEYPOINT_HEAD".
 
         Raises:
-            ConfigError: if a value of the head's node cannot work.
+            ConfigError: if a value of the head's node, or the environment variable
+                ``PANET_D2_ROI_ALIGN``, cannot work.
         """
+        roi_align_choice()  # here, and not in the first training step
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_levels(input_shape, in_features)
         node, key = cfg.MODEL[head], f"MODEL.{head}"

@@ -2,21 +2,25 @@ import os
 import re
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from panet_d2.checkpoint import RunCheckpointer
 from panet_d2.data.train_loader import seed_all
 from panet_d2.engine import Trainer, latest_checkpoint, setup_config
+from panet_d2.engine.hooks import StopOnSignal
 from panet_d2.errors import CheckpointError, ConfigError, TrainingDiverged
 
-from ..common import tiny_cfg
+from ..common import batch, tiny_cfg
 
 
 @pytest.fixture
@@ -232,6 +236,91 @@ class TestDiverged:
         with pytest.raises(TrainingDiverged, match=r"step 1: .*\d{3}\.png") as e:
             run(config_file, "SEED", 3)
         assert re.search(r"step before: .*loss_mask \d", str(e.value))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor like one of a GPU: each call for which a program would wait for it is recorded."""
+
+    waits = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name not in ("cpu", "item", "tolist", "numpy", "__float__", "__int__", "__bool__", "to"):
+            return super().__torch_function__(func, types, args, kwargs)
+        cls.waits.append(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(torch.Tensor) if name in ("cpu", "to") else result
+
+
+class WaitingOps(TorchDispatchMode):
+    """Counts the operators whose result has to reach the CPU, or whose size depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += masks or name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+class TestWaiting:
+    """A step waits for the GPU only where Detectron2's own does."""
+
+    def test_losses_are_fetched_once(self, config_file, monkeypatch):
+        monkeypatch.setattr(OnDevice, "waits", [])
+        opts = ("SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "100")
+        trainer = Trainer(setup_config(config_file, opts))
+        names = set()
+
+        def to_device(model, inputs, losses):
+            names.update(losses)
+            return {name: loss.as_subclass(OnDevice) for name, loss in losses.items()}
+
+        trainer.loop.model.register_forward_hook(to_device)
+        trainer.train()
+        assert len(names) == 5 and OnDevice.waits == ["cpu"] * 3 * len(names)
+        ours, OnDevice.waits = OnDevice.waits, []
+        stock = SimpleTrainer(trainer.loop.model, trainer.loop.data_loader, trainer.loop.optimizer)
+        stock.train(0, 3)
+        assert OnDevice.waits.count("cpu") == len(ours)
+
+    def test_stop_flag_is_shared_by_cpus(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.utils.comm._get_global_gloo_group", lambda: "gloo")
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+
+        def all_gather_object(output, flag, group):
+            seen.append(group)
+            output[:] = [flag, flag]
+
+        monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
+        hook = StopOnSignal(checkpointer=None)
+        hook.trainer = SimpleNamespace(iter=3, max_iter=10)
+        hook.after_step()
+        assert seen == ["gloo"]
+
+    def test_model(self):
+        """Against Mask R-CNN, whose poolers ask for the boxes of each level."""
+        counts = []
+        stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+        stock += ("MODEL.ROI_BOX_HEAD.AFP.ENABLED", False, "MODEL.ROI_MASK_HEAD.AFP.ENABLED", False)
+        stock += ("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+        for opts in ((), stock):
+            model, inputs = build_model(tiny_cfg(*opts)).train(), batch()
+            with EventStorage(), WaitingOps() as seen:
+                sum(model(inputs).values()).backward()
+            counts.append(seen.count)
+        assert 0 < counts[0] <= counts[1]
 
 
 class TestFullDisk:

@@ -53,7 +53,7 @@ MODELS = {
     "panet": (),
     "group_norm": GROUP_NORM,
     "four_conv": FOUR_CONV,
-    "channels_last": ("MODEL.PAFPN.CHANNELS_LAST", True),
+    "contiguous": ("MODEL.PAFPN.MEMORY_FORMAT", "contiguous"),
     "cascade": CASCADE,
     "mask_rcnn": MASK_RCNN,
     "no_masks": ("MODEL.MASK_ON", False),

@@ -48,7 +48,7 @@ FREE = options(
     MODEL__PAFPN__ACTIVATION=st.sampled_from(["relu", ""]),
     MODEL__PAFPN__BOTTOM_UP_INPUT=st.sampled_from(["output", "sum"]),
     MODEL__PAFPN__BIAS_BEFORE_NORM=st.booleans(),
-    MODEL__PAFPN__CHANNELS_LAST=st.booleans(),
+    MODEL__PAFPN__MEMORY_FORMAT=st.sampled_from(["auto", "contiguous", "channels_last"]),
     **afp("BOX", ["conv", "fc", "none"]),
     MODEL__ROI_BOX_HEAD__NAME=st.sampled_from(["FastRCNNConvFCHead", "FastRCNNConvFCNormHead"]),
     MODEL__ROI_BOX_HEAD__NORM=HEAD_NORMS,

@@ -6,9 +6,10 @@ from detectron2.layers import get_norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from panet_d2.layers import LevelwiseConv2d, LevelwiseLinear
+from panet_d2.layers import LevelwiseConv2d, LevelwiseLinear, levelwise
 
 LEVELS, IN, OUT = 3, 4, 64
+WAYS = pytest.mark.parametrize("loop_on", [("cpu",), ()])
 NORMS = ["", "GN", "BN", "FrozenBN", "LN", lambda channels: nn.GroupNorm(8, channels)]
 
 
@@ -34,8 +35,10 @@ def randomised(model):
     return model.double()
 
 
+@WAYS
 @pytest.mark.parametrize("norm", NORMS)
-def test_conv_is_a_conv_for_each_level(norm):
+def test_conv_is_a_conv_for_each_level(norm, loop_on, monkeypatch):
+    monkeypatch.setattr(levelwise, "LOOP_ON", loop_on)
     model = randomised(LevelwiseConv2d(IN, OUT, LEVELS, norm))
     x = torch.randn(LEVELS, 2, IN, 5, 7, dtype=torch.float64, requires_grad=True)
     singles = single_norms(norm, model)
@@ -51,8 +54,10 @@ def test_conv_is_a_conv_for_each_level(norm):
     torch.testing.assert_close(ours, theirs)
 
 
+@WAYS
 @pytest.mark.parametrize("norm", NORMS)
-def test_linear_is_a_linear_layer_for_each_level(norm):
+def test_linear_is_a_linear_layer_for_each_level(norm, loop_on, monkeypatch):
+    monkeypatch.setattr(levelwise, "LOOP_ON", loop_on)
     model = randomised(LevelwiseLinear(IN, OUT, LEVELS, norm))
     x = torch.randn(LEVELS, 2, IN, dtype=torch.float64, requires_grad=True)
     singles = single_norms(norm, model)
@@ -98,19 +103,26 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_conv_reads_pooled_grids_as_they_are():
+@WAYS
+def test_conv_reads_pooled_grids_as_they_are(loop_on, monkeypatch):
     """In the memory of the pooled grids, levels are channels; nothing is copied."""
+    monkeypatch.setattr(levelwise, "LOOP_ON", loop_on)
     pooled = torch.randn(2, 5, 7, LEVELS, IN).permute(3, 0, 4, 1, 2)
     conv = LevelwiseConv2d(IN, OUT, LEVELS)
     with torch.no_grad(), Convolutions() as seen:
         conv(pooled)
-    (read,) = seen.inputs
-    assert read.data_ptr() == pooled.data_ptr()
-    assert read.is_contiguous(memory_format=torch.channels_last)
+    if loop_on:
+        assert [x.data_ptr() for x in seen.inputs] == [x.data_ptr() for x in pooled]
+    else:
+        (read,) = seen.inputs
+        assert read.data_ptr() == pooled.data_ptr()
+        assert read.is_contiguous(memory_format=torch.channels_last)
 
 
+@WAYS
 @pytest.mark.parametrize("norm", ["", "GN", "BN", "naiveSyncBN_N"])
-def test_nothing(norm):
+def test_nothing(norm, loop_on, monkeypatch):
+    monkeypatch.setattr(levelwise, "LOOP_ON", loop_on)
     for model, shape in [
         (LevelwiseConv2d(IN, OUT, LEVELS, norm), (IN, 5, 7)),
         (LevelwiseLinear(IN, OUT, LEVELS, norm), (IN,)),

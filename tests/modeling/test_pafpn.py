@@ -208,13 +208,36 @@ def test_works_on_any_backbone():
     assert list(model(torch.randn(1, 3, 32, 32))) == ["p3", "p4"]
 
 
+@pytest.mark.parametrize(
+    "memory_format, device, last",
+    [
+        ("auto", "cpu", True),
+        ("auto", "cuda", False),
+        ("auto", "cuda:1", False),
+        ("contiguous", "cpu", False),
+        ("channels_last", "cuda", True),
+    ],
+)
+def test_memory_format_of_each_device(memory_format, device, last):
+    cfg = tiny_cfg("MODEL.PAFPN.MEMORY_FORMAT", memory_format, "MODEL.DEVICE", device)
+    assert build_backbone(cfg).channels_last == last
+
+
+@pytest.mark.parametrize("value", [True, "", "channels-last"])
+def test_unknown_memory_format(value):
+    cfg = tiny_cfg()
+    cfg.MODEL.PAFPN.MEMORY_FORMAT = value
+    with pytest.raises(ConfigError, match="MEMORY_FORMAT is .*'auto', 'contiguous', 'channels_las"):
+        build_backbone(cfg)
+
+
 def test_channels_last_and_deformable_convs():
-    cfg = tiny_cfg("MODEL.PAFPN.CHANNELS_LAST", True)
+    cfg = tiny_cfg("MODEL.PAFPN.MEMORY_FORMAT", "channels_last")
     bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, True, True]
-    with pytest.raises(ConfigError, match="CHANNELS_LAST is True.*DEFORM_ON_PER_STAGE"):
+    with pytest.raises(ConfigError, match="MEMORY_FORMAT is 'channels.*DEFORM_ON_PER_STAGE"):
         PAFPN(cfg, bottom_up, None)
-    cfg.MODEL.PAFPN.CHANNELS_LAST = False
+    cfg.MODEL.PAFPN.MEMORY_FORMAT = "auto"
     assert not PAFPN(cfg, bottom_up, None).channels_last
 
 
@@ -222,8 +245,9 @@ def test_channels_last_and_deformable_convs():
 def test_channels_last(norm):
     """The same numbers, in another order in memory."""
     opts = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", "GN" if norm == "GN" else "")
-    plain = build_backbone(tiny_cfg(*opts)).eval()
-    last = build_backbone(tiny_cfg(*opts, "MODEL.PAFPN.CHANNELS_LAST", True)).eval()
+    key = "MODEL.PAFPN.MEMORY_FORMAT"
+    plain = build_backbone(tiny_cfg(*opts, key, "contiguous")).eval()
+    last = build_backbone(tiny_cfg(*opts, key, "channels_last")).eval()
     last.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -250,7 +274,7 @@ def test_bottom_up_convs_start_as_those_of_fpn():
 
 def test_channels_last_reaches_every_conv():
     """Weights are kept in that order too: otherwise each step would copy them."""
-    model = build_backbone(tiny_cfg("MODEL.PAFPN.CHANNELS_LAST", True)).eval()
+    model = build_backbone(tiny_cfg("MODEL.PAFPN.MEMORY_FORMAT", "channels_last")).eval()
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     seen = []

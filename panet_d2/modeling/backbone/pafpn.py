@@ -18,6 +18,7 @@ from ...errors import ConfigError
 
 ACTIVATIONS = ("relu", "")
 BOTTOM_UP_INPUTS = ("output", "sum")
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 
 
 class PAFPN(FPN):
@@ -126,7 +127,7 @@ class PAFPN(FPN):
 
         Raises:
             ConfigError: if ``MODEL.FPN.IN_FEATURES`` are not a pyramid, a value of ``MODEL.PAFPN``
-                is unknown, or ``CHANNELS_LAST`` is set with deformable convs.
+                is unknown, or ``MEMORY_FORMAT`` is "channels_last" with deformable convs.
         """
         try:
             _check_pyramid(
@@ -134,11 +135,16 @@ class PAFPN(FPN):
             )
         except ValueError as e:
             raise ConfigError(str(e)) from None
-        channels_last = read_choice(cfg, "MODEL.PAFPN.CHANNELS_LAST", (True, False))
-        if channels_last and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        memory_format = read_choice(cfg, "MODEL.PAFPN.MEMORY_FORMAT", MEMORY_FORMATS)
+        deformable = any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+        if memory_format == "auto":
+            # On CUDA the faster format has not been measured.
+            on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+            memory_format = "channels_last" if on_cpu and not deformable else "contiguous"
+        if memory_format == "channels_last" and deformable:
             raise ConfigError(
-                "MODEL.PAFPN.CHANNELS_LAST is True; it must be False if "
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convs, which read contiguous "
+                "MODEL.PAFPN.MEMORY_FORMAT is 'channels_last'; it must be 'auto' or 'contiguous' "
+                "if MODEL.RESNETS.DEFORM_ON_PER_STAGE has deformable convs, which read contiguous "
                 "feature maps only."
             )
         return {
@@ -151,7 +157,7 @@ class PAFPN(FPN):
             "activation": read_choice(cfg, "MODEL.PAFPN.ACTIVATION", ACTIVATIONS),
             "bottom_up_input": read_choice(cfg, "MODEL.PAFPN.BOTTOM_UP_INPUT", BOTTOM_UP_INPUTS),
             "bias_before_norm": read_choice(cfg, "MODEL.PAFPN.BIAS_BEFORE_NORM", (True, False)),
-            "channels_last": channels_last,
+            "channels_last": memory_format == "channels_last",
         }
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -1,3 +1,5 @@
+import operator
+
 import pytest
 import torch
 
@@ -79,6 +81,26 @@ def test_parts_of_a_model(models):
         parts = {"other", "post-processing", "neck", "backbone", "RPN", "heads", "pooling"}
         assert times.seconds.keys() == parts | ({"adaptation"} if "PANet" in name else set())
         assert all(seconds > 0 for seconds in times.seconds.values())
+
+
+@pytest.mark.parametrize(
+    "name, fusion", [("naive PANet", "torch.Tensor.amax"), ("PANet", "torch.maximum")]
+)
+def test_relu_and_fusion_are_adaptation(models, monkeypatch, name, fusion):
+    """In both, so that their rows compare."""
+    model, seen = models[1][name], []
+    set_score_threshold(model, images(1, 64, 96))
+    with torch.no_grad(), part_times(model, "cpu") as times:
+        for target in (fusion, "torch.Tensor.relu"):
+            real = operator.attrgetter(target.partition(".")[2])(torch)
+
+            def spy(*args, real=real, **kwargs):
+                seen.append(times._open[-1][0])
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(target, spy)
+        model.eval()(images(1, 64, 96))
+    assert seen and set(seen) == {"adaptation"}
 
 
 def test_training_inputs(models):
