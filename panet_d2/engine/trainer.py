@@ -288,6 +288,12 @@ class Trainer(TrainingLoop):
             CheckpointError: if the checkpoint does not match the model or cannot be read.
         """
         model, last = self.loop.model, latest_checkpoint(self.cfg.OUTPUT_DIR)
+        if resume and not last:
+            logger.warning(
+                "OUTPUT_DIR %s has no checkpoint to resume; training starts from MODEL.WEIGHTS %r.",
+                self.cfg.OUTPUT_DIR,
+                self.cfg.MODEL.WEIGHTS,
+            )
         if resume and last:
             load_strict(model, last)  # the parent would only log what does not match
         elif self.cfg.MODEL.WEIGHTS:

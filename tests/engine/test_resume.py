@@ -69,6 +69,16 @@ def test_changed_values_are_in_the_log(config_file, tmp_path, caplog):
     assert changed_keys(setup_config(config_file, ["OUTPUT_DIR", str(tmp_path / "new")])) == {}
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_nothing_to_resume(config_file, caplog, resume):
+    """A job may always start with --resume, but a wrong folder should not go unnoticed."""
+    trainer = Trainer(setup_config(config_file, []))
+    with caplog.at_level(logging.WARNING, "panet_d2"):
+        logging.getLogger("panet_d2").propagate = True
+        trainer.resume_or_load(resume=resume)
+    assert ("no checkpoint to resume" in caplog.text) == resume
+
+
 @pytest.mark.parametrize(
     "opts, warned",
     [
