@@ -95,11 +95,22 @@ def multilevel_roi_align(
         ConfigError: if ``PANET_D2_ROI_ALIGN`` has another value.
     """
     dtype = features[0].dtype
-    chosen = implementation(features, sampling_ratio)
+    chosen, on_the_way = implementation(features, sampling_ratio), None
     if chosen == "triton":
-        from .roi_align_triton import TRITON_FUSIONS, roi_align_levels_triton
+        from .roi_align_check import Use, triton_failure
+        from .roi_align_triton import TRITON_FUSIONS
 
         on_the_way = fuse if fuse in TRITON_FUSIONS else None
+        if roi_align_choice() == "auto":
+            size = output_size[0], output_size[1]
+            channels = features[0].shape[1]
+            use = Use(len(features), channels, size, sampling_ratio, aligned, on_the_way)
+            backward = torch.is_grad_enabled() and any(f.requires_grad for f in features)
+            if triton_failure(features[0].device, dtype, use, backward):
+                chosen = "reference"
+    if chosen == "triton":
+        from .roi_align_triton import roi_align_levels_triton
+
         result = roi_align_levels_triton(
             features, boxes, scales, output_size, sampling_ratio, aligned, on_the_way
         )

@@ -33,6 +33,7 @@ pytestmark = [needs_cuda] if DEVICE.type == "cuda" else []
 def first_use(monkeypatch):
     """Nothing is checked yet, and the kernels are for tensors of the CPU too."""
     monkeypatch.setattr(check, "_failures", {})
+    monkeypatch.setattr(check, "_checked", set())
     monkeypatch.setattr(module, "_for_triton", lambda device: True)
     monkeypatch.delenv("PANET_D2_ROI_ALIGN", raising=False)
 
@@ -49,6 +50,10 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(kernels, "roi_align_levels_triton", counted)
     return seen
+
+
+# Of a type: every fusion with small kernels, and the kernels that will be run.
+CHECKS = len(kernels.TRITON_FUSIONS) + 1
 
 
 class Broken:
@@ -101,7 +106,7 @@ def test_right_kernels_run(calls, caplog):
     """After one check for each type."""
     for types, dtype in enumerate(check.DTYPES, 1):
         pooled(dtype)
-        assert calls.count(0) == types * len(kernels.TRITON_FUSIONS)
+        assert calls.count(0) == types * CHECKS
         checked = len(calls)
         pooled(dtype)
         assert calls[checked:] == [1]
@@ -120,6 +125,50 @@ def test_broken_kernels_are_not_used(kind, calls, caplog, monkeypatch):
     assert message in warning and str(DEVICE.type) in warning and "\n" not in warning
     assert f"Triton {import_module('triton').__version__}" in warning
     assert str(dtype).replace("torch.", "") in warning and "PANET_D2_ROI_ALIGN" in warning
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_kernels_that_are_broken_for_large_tiles_alone(kernel, caplog, monkeypatch):
+    """Others are compiled for every number of channels."""
+    real = getattr(kernels, kernel)
+
+    class Wrong(Broken):
+        def __getitem__(self, grid):
+            def launch(*args, CHANNELS, **kwargs):
+                if CHANNELS >= 64:
+                    raise RuntimeError("out of resource: shared memory")
+                real[grid](*args, CHANNELS=CHANNELS, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(kernels, kernel, Wrong(real, None))
+    for channels, used in ((4, True), (64, False), (4, False)):
+        features = [torch.ones(1, channels, 8, 8, device=DEVICE, requires_grad=True)] * 2
+        boxes = torch.tensor([[0.0, 1, 1, 9, 9]], device=DEVICE)
+        out = multilevel_roi_align(features, boxes, [1.0, 0.5], (2, 2), 2, True, "max")
+        out.sum().backward()
+        assert (check.triton_failure(DEVICE, torch.float32) is None) == used
+    (warning,) = warnings(caplog)
+    assert "shared memory" in warning
+
+
+def test_inference_does_not_wait_for_the_backward(monkeypatch):
+    seen = []
+    real = kernels._backward_kernel
+
+    class Counted(Broken):
+        def __getitem__(self, grid):
+            seen.append(grid)
+            return real[grid]
+
+    monkeypatch.setattr(kernels, "_backward_kernel", Counted(real, None))
+    check.triton_failure(DEVICE, torch.float32)
+    seen.clear()
+    with torch.no_grad():
+        pooled()
+    assert not seen
+    pooled()
+    assert seen
 
 
 @pytest.mark.parametrize("fusion", ["max", "sum", "mean"])
@@ -231,7 +280,7 @@ def test_threads_share_one_check(calls):
         thread.start()
     for thread in threads:
         thread.join()
-    assert calls.count(0) == len(kernels.TRITON_FUSIONS)
+    assert calls.count(0) == CHECKS
 
 
 class Pool(torch.nn.Module):
