@@ -76,6 +76,10 @@ _POSITIVE = Rule(lambda v: type(v) in (int, float) and 0 < v < math.inf, "a numb
 _SHARE = _number(0, 1)
 _SIZE = _whole(1)
 _COUNT = _whole(0)
+# More than anybody builds. A slip of the keyboard would take all memory before it fails.
+_LAYERS = _whole(0, 200)
+_WIDTH = _whole(1, 100_000)
+_GRID = _whole(1, 1000)
 _WEIGHT = _number(0)
 _TEXTS = _list(Rule(lambda v: isinstance(v, str), "text"))
 _NOTHING = Rule(lambda v: v is None, "None")
@@ -105,10 +109,10 @@ _RULES: Dict[str, Rule] = {
     "MODEL.ANCHOR_GENERATOR.OFFSET": _SHARE,
     "MODEL.RPN.BOUNDARY_THRESH": _whole(-1),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": _WEIGHT,
-    "MODEL.RPN.CONV_DIMS": _list(_or(_choice(-1), _SIZE)),
+    "MODEL.RPN.CONV_DIMS": _list(_or(_choice(-1), _WIDTH)),
     "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": _filled(_list(_BOX_WEIGHTS)),
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": _filled(_list(_SHARE)),
-    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _filled(_list(_SIZE)),
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _filled(_list(_WIDTH)),
     "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _COUNT,
     "MODEL.RETINANET.PRIOR_PROB": Rule(
         lambda v: _SHARE.accepts(v) and 0 < v < 1, "a number between 0 and 1"
@@ -117,7 +121,7 @@ _RULES: Dict[str, Rule] = {
     "MODEL.RESNETS.RES5_DILATION": _choice(1, 2),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": _list(_choice(True, False), 4),
     "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": _WEIGHT,
-    "MODEL.*.NUM_CLASSES": _COUNT,  # 0: from the dataset
+    "MODEL.*.NUM_CLASSES": _whole(0, 1_000_000),  # 0: from the dataset
     "MODEL.FPN.IN_FEATURES": _TEXTS,  # empty without FPN
     "MODEL.FPN.FUSE_TYPE": _choice("sum", "avg"),
     "MODEL.*.IN_FEATURES": _filled(_TEXTS),
@@ -126,18 +130,17 @@ _RULES: Dict[str, Rule] = {
     "MODEL.*.IOU_LABELS": _filled(_list(_choice(-1, 0, 1))),
     "MODEL.*.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
     "MODEL.*.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-    "MODEL.*.SAMPLING_RATIO": _COUNT,
-    "MODEL.*.POOLER_SAMPLING_RATIO": _COUNT,
-    "MODEL.*.NUM_FC": _COUNT,
-    "MODEL.*.NUM_CONV*": _COUNT,
-    "MODEL.*_DIM": _SIZE,
-    "MODEL.*_CHANNELS": _SIZE,
-    "MODEL.*RESOLUTION": _SIZE,
-    "MODEL.*_STRIDE": _SIZE,
-    "MODEL.*NUM_GROUPS": _SIZE,
-    "MODEL.*PER_GROUP": _SIZE,
-    "MODEL.*.NUM_KEYPOINTS": _SIZE,
-    "MODEL.*FED_LOSS_NUM_CLASSES": _SIZE,
+    "MODEL.*.POOLER_SAMPLING_RATIO": _whole(0, 1000),
+    "MODEL.*.NUM_FC": _LAYERS,
+    "MODEL.*.NUM_CONV*": _LAYERS,
+    "MODEL.*_DIM": _WIDTH,
+    "MODEL.*_CHANNELS": _WIDTH,
+    "MODEL.*RESOLUTION": _GRID,
+    "MODEL.*_STRIDE": _GRID,
+    "MODEL.*NUM_GROUPS": _WIDTH,
+    "MODEL.*PER_GROUP": _WIDTH,
+    "MODEL.*.NUM_KEYPOINTS": _WIDTH,
+    "MODEL.*FED_LOSS_NUM_CLASSES": _WIDTH,
     "MODEL.*BATCH_SIZE_PER_IMAGE": _SIZE,
     "MODEL.*TOPK*": _SIZE,
     "MODEL.*FRACTION": _SHARE,
@@ -160,7 +163,7 @@ _RULES: Dict[str, Rule] = {
     "DATASETS.TEST": _TEXTS,
     "DATASETS.PROPOSAL_FILES_*": _TEXTS,
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*": _SIZE,
-    "DATALOADER.NUM_WORKERS": _COUNT,
+    "DATALOADER.NUM_WORKERS": _whole(0, 1000),
     "DATALOADER.REPEAT_THRESHOLD": _WEIGHT,
     "SOLVER.MAX_ITER": _SIZE,
     "SOLVER.BASE_LR": _POSITIVE,
@@ -170,12 +173,12 @@ _RULES: Dict[str, Rule] = {
     "SOLVER.WEIGHT_DECAY*": _WEIGHT,
     "SOLVER.GAMMA": _POSITIVE,
     "SOLVER.STEPS": _list(_SIZE),
-    "SOLVER.NUM_DECAYS": _SIZE,
+    "SOLVER.NUM_DECAYS": _GRID,
     "SOLVER.WARMUP_FACTOR": _SHARE,
     "SOLVER.WARMUP_ITERS": _COUNT,
     "SOLVER.WARMUP_METHOD": _choice("constant", "linear"),
     "SOLVER.CHECKPOINT_PERIOD": _SIZE,
-    "SOLVER.IMS_PER_BATCH": _SIZE,
+    "SOLVER.IMS_PER_BATCH": _WIDTH,
     "SOLVER.REFERENCE_WORLD_SIZE": _COUNT,
     "SOLVER.BIAS_LR_FACTOR": _WEIGHT,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _choice("value", "norm"),

@@ -43,6 +43,9 @@ WRONG = [
     ("INPUT.MIN_SIZE_TRAIN", ["64"], "each a whole number"),
     ("INPUT.RANDOM_FLIP", "both", "'horizontal', 'vertical'"),
     ("DATASETS.TRAIN", "name", "a list, each text"),
+    ("MODEL.ROI_MASK_HEAD.NUM_CONV", 10**9, "from 0 to 200"),
+    ("MODEL.ROI_BOX_HEAD.FC_DIM", 10**9, "from 1 to"),
+    ("DATALOADER.NUM_WORKERS", 10**9, "from 0 to 1000"),
     ("SEED", 2**40, "whole number"),
 ]
 
