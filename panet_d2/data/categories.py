@@ -32,12 +32,12 @@ def read_categories(cfg: CfgNode) -> Categories:
     value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs do not have it
     categories = as_categories(value)
     if categories is None:
-        wrong = value
+        found = f"is {value!r}"
         if isinstance(value, (list, tuple)):
-            wrong = next(item for item in value if as_categories([item]) is None)
+            found = f"has {next(item for item in value if as_categories([item]) is None)!r}"
         raise ConfigError(
-            f"DATASETS.CATEGORIES has {wrong!r}; it must be a list of [id, name], a whole number "
-            "and a text."
+            f"DATASETS.CATEGORIES {found}; it must be a list of [id, name], a whole number and a "
+            "text."
         )
     if len({category_id for category_id, _ in categories}) < len(categories):
         raise ConfigError("DATASETS.CATEGORIES has an id twice; each class must have its own.")

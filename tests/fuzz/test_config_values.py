@@ -73,6 +73,8 @@ def is_valid(key: str, value: Any) -> bool:
             isinstance(entry, (list, tuple)) and [type(e) for e in entry] == [str] * 3
             for entry in value
         )
+    if key == "DATASETS.CATEGORIES":
+        return value in ([], ())  # others must also have as many classes as the model
     default = DEFAULTS[key]
     accepted = WORDS.get(key, (True, False) if isinstance(default, bool) else (default,))
     return type(value) is type(default) and value in accepted
