@@ -18,7 +18,6 @@ from panet_d2.check_config import check_values
 from panet_d2.data import setup_datasets
 from panet_d2.engine import read_config
 from panet_d2.engine.config_file import PREFIX
-from panet_d2.errors import ConfigError
 from panet_d2.planning import (
     Fingerprint,
     Hardware,
@@ -114,6 +113,8 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         parser.error("give --output, or --dry-run to write nothing")
     if args.output and not args.output.endswith((".yaml", ".yml")):
         parser.error("--output must end in .yaml")
+    if args.output and os.path.abspath(args.output) == os.path.abspath(args.base):
+        parser.error("--output must be another file than --base")
     if not 0 <= args.max_megapixels < 1e4 or not 0 <= args.num_gpus or not args.gpu_memory > 0:
         parser.error("--max-megapixels, --num-gpus and --gpu-memory must be positive")
     return args
@@ -122,9 +123,6 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     base = read_config(args.base)
-    if base.DATASETS.REGISTER_COCO and args.output and os.path.exists(args.output):
-        if os.path.samefile(args.output, args.base) if os.path.exists(args.base) else False:
-            raise ConfigError(f"--output {args.output} is the base; give another file.")
     hardware = Hardware(args.num_gpus, args.gpu_memory, args.max_megapixels)
     data = {"train": read_fingerprint(*args.train)}
     if args.val:
@@ -141,9 +139,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     check(plan)
     tables = [prediction_table(plan, fingerprint, name) for name, fingerprint in data.items()]
     machine = f"{args.num_gpus} GPUs of {args.gpu_memory:.0f} GiB" if args.num_gpus else "a CPU"
+    images, objects = len(data["train"].sizes), len(data["train"].boxes)
     header = (
-        f"Planned by tools/plan_config.py for {machine} from {len(data['train'].sizes)} images with "
-        f"{len(data['train'].boxes)} objects.\n" + prediction_text(plan, data)
+        f"Planned by tools/plan_config.py for {machine} from {images} images with {objects} "
+        f"objects.\n{prediction_text(plan, data)}"
     )
     base_path = args.base if PREFIX in args.base else os.path.abspath(args.base)
     text = config_text(plan, base_path, header)
@@ -160,8 +159,8 @@ def prediction_text(plan: Plan, data: Dict[str, Fingerprint]) -> str:
         shares = {k: v["IoU 0.5"] for k, v in plan.prediction(fingerprint).items()}
         if shares:
             lines.append(
-                f"Some anchor has an IoU of 0.5 with {shares['plan']:.1%} of the objects of {name}; "
-                f"with the base, {shares['base']:.1%}."
+                f"Some anchor has an IoU of 0.5 with {shares['plan']:.1%} of the objects of "
+                f"{name}; with the base, {shares['base']:.1%}."
             )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-from .anchors import anchor_overlaps, share_above
+from .anchors import anchor_overlaps, anchor_recall, share_above
 from .config_text import config_text
 from .fingerprint import Fingerprint, measure, read_fingerprint, similar_files
 from .hardware import Hardware
@@ -10,6 +10,7 @@ __all__ = [
     "Hardware",
     "Plan",
     "anchor_overlaps",
+    "anchor_recall",
     "config_text",
     "fingerprint_table",
     "make_plan",

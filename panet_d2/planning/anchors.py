@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import numpy as np
 import torch
@@ -48,9 +48,15 @@ def resized(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
 
 def scaled_boxes(cfg: CfgNode, fingerprint: Fingerprint) -> np.ndarray:
-    """Return the boxes of a dataset, shape (M, 4), in pixels of the images as the model sees them."""
+    """Return the boxes, shape (M, 4), in pixels of the images as the model sees them."""
     factors = (resized(cfg, fingerprint.sizes) / fingerprint.sizes)[fingerprint.images]
     return fingerprint.boxes * factors[:, [1, 0, 1, 0]]
+
+
+def scaled_sides(cfg: CfgNode, fingerprint: Fingerprint) -> np.ndarray:
+    """Return the root of the area of each of :func:`scaled_boxes`, shape (M,)."""
+    boxes = scaled_boxes(cfg, fingerprint)
+    return np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
 
 
 def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarray]:
@@ -89,3 +95,26 @@ def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarr
 def share_above(overlaps: np.ndarray, threshold: float = 0.5) -> float:
     """Return the share of overlaps that reach the threshold; NaN if there are none."""
     return float((overlaps >= threshold).mean()) if len(overlaps) else float("nan")
+
+
+def anchor_recall(cfg: CfgNode, fingerprint: Fingerprint) -> Dict[str, float]:
+    """
+    Predict, from boxes and anchors alone, the recall of the proposals at an IoU of 0.5.
+
+    Returns:
+        dict[str, float]: the share of objects that some anchor overlaps by an IoU of 0.5, in the
+        form of :func:`panet_d2.analysis.object_recall`: in percent of "all" objects and of COCO's
+        "small", "medium" and "large" objects, NaN if there are none. Empty where
+        :func:`anchor_strides` is None.
+    """
+    overlaps, areas = anchor_overlaps(cfg, fingerprint), fingerprint.areas
+    if overlaps is None:
+        return {}
+    small, large = 32**2, 96**2
+    groups = {
+        "all": areas >= 0,
+        "small": areas < small,
+        "medium": (areas >= small) & (areas < large),
+        "large": areas >= large,
+    }
+    return {name: 100 * share_above(overlaps[group]) for name, group in groups.items()}

@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 import yaml
 
+from ..check_config import flatten
 from .plan import Plan
 from .rules import Choice
 
@@ -26,12 +27,12 @@ def config_text(plan: Plan, base: str, header: str) -> str:
         str: YAML that Detectron2 reads.
     """
     tree: Dict[str, Any] = {}
-    for key, choice in plan.changed.items():
+    for key in (k for k, _ in flatten(plan.cfg) if k in plan.changed):  # Detectron2's order
         *parents, last = key.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = choice
+        node[last] = plan.changed[key]
     lines = [*_comment(header, ""), f"_BASE_: {_scalar(base)}", *_lines(tree, "")]
     return "\n".join([*lines, f"VERSION: {plan.cfg.VERSION}", ""])
 

@@ -27,8 +27,10 @@ _FEWEST_OBJECTS = 10  # quantiles of fewer objects say nothing
 
 # What exporters and photographers' programs append to the name of a copy.
 _COPY = re.compile(
-    r"(\.rf\.[0-9a-f]+|[ _-]*(copy|aug(mented)?|flip(ped)?|rot(ated)?|crop)[ _-]*\d*|[ _]*\(\d+\))+$"
+    r"(\.rf\.[0-9a-f]+|[ _-]*(copy|aug(mented)?|flip(ped)?|rot(ated)?)[ _-]*\d*|[ _]*\(\d+\))+$"
 )
+
+_COUNTER = re.compile(r"(image|img|im|frame)?[ _-]*\d{1,6}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Fingerprint:
         boxes (np.ndarray): shape (M, 4), x0, y0, x1, y1 in pixels of the original images.
         images (np.ndarray): shape (M,), index of each object's image.
         classes (np.ndarray): shape (M,), index of each object's class.
+        areas (np.ndarray): shape (M,), annotated areas in pixels, or else those of the boxes.
         overlaps (np.ndarray): shape (M,), the highest IoU of the object's box with an earlier
             object of its image, so that each pair counts once; 0 if there is none.
         class_overlaps (np.ndarray): the same among objects of one class.
@@ -56,6 +59,7 @@ class Fingerprint:
     boxes: np.ndarray
     images: np.ndarray
     classes: np.ndarray
+    areas: np.ndarray
     overlaps: np.ndarray
     class_overlaps: np.ndarray
     categories: Tuple[str, ...]
@@ -217,7 +221,7 @@ def measure(content: dict) -> Fingerprint:
     index = {image["id"]: i for i, image in enumerate(images)}
     class_index = {category["id"]: i for i, category in enumerate(categories)}
     sizes = np.array([(i["height"], i["width"]) for i in images], float).reshape(-1, 2)
-    boxes, image_ids, classes, corners = [], [], [], []
+    boxes, image_ids, classes, areas, corners = [], [], [], [], []
     masks: Counter = Counter()
     crowds = 0
     for a in content.get("annotations", ()):
@@ -233,6 +237,7 @@ def measure(content: dict) -> Fingerprint:
         boxes.append(box)
         image_ids.append(i)
         classes.append(class_index[a["category_id"]])
+        areas.append(a.get("area", w * h))
         mask = a.get("segmentation")
         masks["none" if not mask else "rle" if isinstance(mask, dict) else "polygon"] += 1
         if isinstance(mask, list) and mask:
@@ -245,6 +250,7 @@ def measure(content: dict) -> Fingerprint:
     return Fingerprint(
         sizes,
         *arrays,
+        np.array(areas, float),
         *_overlaps(*arrays),
         categories=tuple(category["name"] for category in categories),
         masks=dict(masks),
@@ -274,12 +280,14 @@ def similar_files(train: Sequence[str], val: Sequence[str]) -> List[Tuple[str, s
     """
     Find pairs of a training and a validation image whose file names differ only in the folder, the
     case, the extension, or what marks a copy, such as " (1)", "_flip" or Roboflow's ".rf.HASH".
+    Names that only count, such as "0001" or "img_17", are left out.
 
     Returns:
         list[tuple[str, str]]: one pair for each such validation image.
     """
     known = {_stem(name): name for name in train}
-    return [(known[_stem(name)], name) for name in val if _stem(name) in known]
+    pairs = [(known[_stem(name)], name) for name in val if _stem(name) in known]
+    return [pair for pair in pairs if not _COUNTER.fullmatch(_stem(pair[1]))]
 
 
 def _stem(name: str) -> str:

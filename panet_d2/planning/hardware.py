@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
 
-# Assumptions. A training step of Mask R-CNN with a ResNet-50 and an FPN takes about this much for
-# each megapixel in mixed precision, PANet's additional poolings included; deeper ResNets twice that.
+# Assumptions. Training with a ResNet-50 and an FPN takes about this much for each megapixel in mixed
+# precision, PANet's additional poolings included; with deeper ResNets twice that.
 GIB_PER_MEGAPIXEL = 2.0
 _GIB_OF_MODEL = 2.0  # weights, momentum, CUDA itself
 _USABLE = 0.9
@@ -59,7 +60,8 @@ class Hardware:
             return min(wanted, CPU_BATCH)
         pixels = max(cfg.INPUT.MIN_SIZE_TRAIN) * cfg.INPUT.MAX_SIZE_TRAIN / 1e6
         fits = max(int(self._fitting(cfg) / pixels), 1) if pixels else 1
-        return self.gpus * max(min(fits, wanted // self.gpus), 1)
+        each = max(wanted // self.gpus, 1)
+        return self.gpus * (each if each <= fits else 2 ** int(math.log2(fits)))
 
     def _fitting(self, cfg: CfgNode) -> float:
         """The megapixels of all images of a GPU's batch."""

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 from detectron2.config import CfgNode
 
-from .anchors import anchor_overlaps, scaled_boxes, share_above
+from .anchors import anchor_overlaps, scaled_sides, share_above
 from .fingerprint import Fingerprint
 from .hardware import Hardware
 from .rules import (
@@ -67,12 +67,10 @@ class Plan:
             overlaps = anchor_overlaps(cfg, data)
             if overlaps is None or not len(overlaps):
                 return {}
-            boxes = scaled_boxes(cfg, data)
-            sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
             found[name] = {
                 "IoU 0.5": round(share_above(overlaps, 0.5), 4),
                 "IoU 0.7": round(share_above(overlaps, 0.7), 4),
-                "side of small objects": round(float(np.quantile(sides, 0.1)), 1),
+                "side of small objects": round(float(np.quantile(scaled_sides(cfg, data), 0.1)), 1),
             }
         return found
 

@@ -8,7 +8,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ..analysis.plots import pyplot, save_figure
-from .anchors import scaled_boxes
+from .anchors import scaled_sides
 from .fingerprint import Fingerprint
 from .plan import Plan
 
@@ -67,12 +67,9 @@ def plot_plan(plan: Plan, data: Fingerprint, path: str) -> None:
     """
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
     for axis, cfg, title in zip(axes, (plan.base, plan.cfg), ("base", "plan")):
-        boxes = scaled_boxes(cfg, data)
-        width, height = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3).T
         node = cfg.MODEL.ANCHOR_GENERATOR
-        axis.scatter(
-            np.sqrt(width * height), height / width, s=3, alpha=0.3, lw=0, label="objects"
-        )
+        sides = scaled_sides(cfg, data)
+        axis.scatter(sides, data.aspect_ratios, s=3, alpha=0.3, lw=0, label="objects")
         ratios = np.ravel(node.ASPECT_RATIOS)
         for size in np.unique(np.ravel(node.SIZES)):
             axis.plot([size] * len(ratios), ratios, "_-", color="C1", ms=8, lw=1)
@@ -84,5 +81,3 @@ def plot_plan(plan: Plan, data: Fingerprint, path: str) -> None:
     axes[0].set_ylabel("height / width")
     axes[0].legend(fontsize=8)
     save_figure(figure, path)
-
-

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import numpy as np
 from detectron2.config import CfgNode
 
-from .anchors import anchor_overlaps, anchor_strides, scaled_boxes, share_above
+from .anchors import anchor_overlaps, anchor_strides, scaled_sides, share_above
 from .fingerprint import Fingerprint
 from .hardware import Hardware
 
@@ -34,7 +34,9 @@ _LARGER_AT_TEST = 2  # inference keeps no activations for gradients
 _GRID = 32  # FPN pads images to multiples of this
 # A finer anchor would often be too far from the objects between two positions.
 _STRIDES_PER_ANCHOR = 3
-_WORTH_IT = 0.01  # gain in the mean share of objects, below which anchors are left alone
+# Anchors are left alone unless the share of objects with an IoU of 0.5 gains the first of these, or
+# stays and that of 0.7 gains the second.
+_WORTH_IT = (0.01, 0.05)
 _LOST = 0.01  # share of objects that NMS may suppress
 
 
@@ -70,37 +72,36 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
         return keep(cfg, doubt, *keys)
     small = float(np.quantile(data.relative_sides, SMALL))
     median = float(np.median(data.short_edges))
-    # Never below the images and the base, because large objects need pixels for their masks.
-    floor = min(median, node.MIN_SIZE_TEST or median)
-    wanted = float(np.clip(SMALL_SIDE / small, floor, _MOST_ENLARGED * median))
+    before = node.MIN_SIZE_TEST or median
+    # Not smaller than the base's, because larger images are worse for nothing but speed.
+    wanted = max(min(SMALL_SIDE / small, _MOST_ENLARGED * median), before)
     ratio = node.MAX_SIZE_TEST / node.MIN_SIZE_TEST if node.MIN_SIZE_TEST else 1
     ratio = max(ratio, float(np.quantile(data.elongations, 0.95)))
-    ratio = min(ratio, float(data.elongations.max()))
     budget = hardware.megapixels(cfg) * 1e6
-    fits = max(int(np.sqrt(budget / ratio)) // _GRID * _GRID, _GRID)
+    longest = min(ratio, float(data.elongations.max()))
+    fits = max(int(np.sqrt(budget / longest)) // _GRID * _GRID, _GRID)
     train = test = min(int(np.ceil(wanted / _GRID)) * _GRID, fits)
-    reason = (
-        f"a tenth of the objects is below {small * test:.0f} px then, "
-        f"{small * (node.MIN_SIZE_TEST or median):.0f} px before"
-    )
     choices: Choices = {}
+    reason = ""
     if wanted > fits:
-        reason += f"; {SMALL_SIDE} px would need {wanted:.0f}, and {hardware.budget_source(cfg)}"
-        if median**2 * ratio > budget:
-            test = min(int(wanted) // _GRID * _GRID, _LARGER_AT_TEST * fits)
-            choices = _plan_crop(data, cfg, train / test)
-            train = test if not choices["INPUT.CROP.ENABLED"].value else train
-            if train == test:  # without crops, whole images must fit
-                train = test = fits
+        reason = f"; {wanted:.0f} were better, but {hardware.budget_source(cfg)}"
+        larger = min(int(wanted) // _GRID * _GRID, _LARGER_AT_TEST * fits)
+        if median**2 * longest > budget and larger > fits:
+            choices = _plan_crop(data, cfg, fits / larger)
+            test = larger if choices["INPUT.CROP.ENABLED"].value else fits
             reason += "; see also sliced inference, on tiles of the image"
-    choices[keys[0]] = Choice(test, reason)
-    choices["INPUT.MAX_SIZE_TEST"] = Choice(int(test * ratio), f"{ratio:.2f} times the shorter edge")
+    effect = f"a tenth of the objects is below {small * test:.0f} px"
+    if test != before:
+        effect += f", with the base's {before:.0f} below {small * before:.0f} px"
+    choices[keys[0]] = Choice(test, effect + reason)
+    times = f"{ratio:.2f} times the shorter edge"
+    choices["INPUT.MAX_SIZE_TEST"] = Choice(round(test * ratio), times)
     sizes = [s / (node.MIN_SIZE_TEST or s) * train for s in node.MIN_SIZE_TRAIN if s] or [train]
     sizes = [max(round(s / _GRID) * _GRID, _GRID) for s in sizes]
     if node.MIN_SIZE_TRAIN_SAMPLING == "choice":
         sizes = list(dict.fromkeys(sizes))
     choices[keys[1]] = Choice(sizes, "as the test size, in the proportions of the base")
-    choices["INPUT.MAX_SIZE_TRAIN"] = Choice(int(train * ratio), f"{ratio:.2f} times the size")
+    choices["INPUT.MAX_SIZE_TRAIN"] = Choice(round(train * ratio), times)
     return choices
 
 
@@ -124,25 +125,26 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
         doubt = "only anchors on several levels of an FPN are planned"
     if doubt or strides is None:
         return keep(cfg, doubt, *keys)
-    boxes = scaled_boxes(cfg, data)
     planned = (
-        _sizes(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)), cfg, strides),
+        _sizes(scaled_sides(cfg, data), cfg, strides),
         [[round(float(r), 2) for r in np.quantile(data.aspect_ratios, [1 / 6, 1 / 2, 5 / 6])]],
     )
     if len(np.ravel(get(cfg, keys[1]))) != 3 or len(set(planned[1][0])) != 3:
-        planned = planned[0], get(cfg, keys[1])
+        planned = planned[0], get(cfg, keys[1])  # other numbers of ratios are somebody's intent
     trial, choices = cfg.clone(), {}
     for key, value in zip(keys, planned):
         before = _shares(trial, data)
         trial.merge_from_list([key, value])
         after = _shares(trial, data)
         reason = f"IoU of 0.5, 0.7 for {after[0]:.1%}, {after[1]:.1%} of the objects at this scale"
-        if np.mean(after) < np.mean(before) + _WORTH_IT:
+        gains = after[0] - before[0], after[1] - before[1]
+        if gains[0] >= _WORTH_IT[0] or (gains[0] > -_WORTH_IT[0] and gains[1] >= _WORTH_IT[1]):
+            reason += f"; with the base's {before[0]:.1%}, {before[1]:.1%}"
+            choices[key] = Choice(value, reason)
+        else:
             trial.merge_from_list([key, get(cfg, key)])
-            choices.update(keep(cfg, f"the sizes of the boxes give no more ({reason})", key))
-            continue
-        reason += f"; with the base's {before[0]:.1%}, {before[1]:.1%}"
-        choices[key] = Choice(value, reason)
+            reason = f"those of the boxes, {value}, gain little: {reason}"
+            choices.update(keep(cfg, reason, key))
     return choices
 
 
@@ -156,9 +158,10 @@ def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int
     """
     Anchor sizes for objects of given sides. An anchor has an IoU of 0.5 with squares of its side
     times or divided by the root of 2, so that sizes a factor 2 apart leave no gap. They double from
-    the smallest objects on, or as far from the largest down as nine of ten objects need.
+    the smallest objects on, or where that does not reach the largest, from a size on that nine of
+    ten objects need.
     """
-    smallest, small, large = np.quantile(sides, [0.01, SMALL, 0.98])
+    smallest, small, large = np.quantile(sides, [0.05, SMALL, 0.98])
     root, steps = 2**0.5, len(strides) - 1
     finest = _STRIDES_PER_ANCHOR * strides[0]
     low = max(smallest, large / root / 2**steps)
@@ -223,6 +226,8 @@ def plan_nms(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
         if threshold == before:
             choices.update(keep(cfg, f"it suppresses {lost[0]:.1%} of the objects", key))
         else:
-            reason = f"objects that overlap more are lost: {lost[-1]:.1%}; at {before}, {lost[0]:.1%}"
+            reason = (
+                f"objects that overlap more are lost: {lost[-1]:.1%}; at {before}, {lost[0]:.1%}"
+            )
             choices[key] = Choice(threshold, reason)
     return choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from detectron2.config import CfgNode
 
-from .anchors import scaled_boxes
+from .anchors import scaled_sides
 from .fingerprint import Fingerprint
 from .hardware import Hardware
 from .rules import Choice, Choices, keep
@@ -26,13 +26,10 @@ def plan_masks(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     if not cfg.MODEL.MASK_ON or not data.masks.keys() - {"none"}:
         return {}
     rle, polygons = data.masks.get("rle", 0), data.masks.get("polygon", 0)
-    text = " and ".join(
-        f"{n} in {kind}" for n, kind in ((rle, "RLE"), (polygons, "polygons")) if n
-    )
+    text = " and ".join(f"{n} in {kind}" for n, kind in ((rle, "RLE"), (polygons, "polygons")) if n)
     choices = {"INPUT.MASK_FORMAT": Choice("bitmask" if rle else "polygon", f"masks: {text}")}
     key, head = "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_MASK_HEAD
-    boxes = scaled_boxes(cfg, data)
-    side = float(np.quantile(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)), 0.75))
+    side = float(np.quantile(scaled_sides(cfg, data), 0.75))
     fine = rle > polygons or data.corners >= _FINE_CORNERS
     needed = side > _PIXELS_PER_CELL * 2 * head.POOLER_RESOLUTION
     if data.doubt() or not (fine and needed):
@@ -51,21 +48,21 @@ def plan_sampling(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     empty, images = data.empty_share, len(data.sizes)
     keep_empty = 0.02 <= empty <= 0.5
     reason = f"{empty:.1%} of the images are empty" + (
-        "; they teach what is none, if all their objects are annotated" if keep_empty else ""
+        "; set True if their objects are only not annotated" if keep_empty else ""
     )
     choices = {"DATALOADER.FILTER_EMPTY_ANNOTATIONS": Choice(not keep_empty, reason)}
     counts = data.images_per_class
     counts, threshold = counts[counts > 0], max(_RARE, _FEW_IMAGES / images)
     rare = int((counts < threshold * images).sum())
     sampler = "DATALOADER.SAMPLER_TRAIN"
-    if len(counts) < 2 or not rare or counts.max() < 2 * counts.min():
+    if not rare or counts.max() < 2 * counts.min():
         return {**choices, **keep(cfg, "no class is much rarer than the others", sampler)}
-    threshold = float(f"{threshold:.2g}")
-    choices[sampler] = Choice(
-        "RepeatFactorTrainingSampler", f"{rare} of {len(counts)} classes are rare"
-    )
+    if 2 * rare > len(counts):  # nearly all images would be repeated
+        return {**choices, **keep(cfg, "most classes are rare", sampler)}
+    reason = f"{rare} of {len(counts)} classes are rare"
+    choices[sampler] = Choice("RepeatFactorTrainingSampler", reason)
     choices["DATALOADER.REPEAT_THRESHOLD"] = Choice(
-        threshold, f"classes in less than {threshold:.2%} of the images are repeated"
+        float(f"{threshold:.2g}"), "images of classes in a smaller share of the images are repeated"
     )
     return choices
 
@@ -80,10 +77,10 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     batch = hardware.batch(cfg)
     adamw = solver.OPTIMIZER == "ADAMW"
     factor = (batch / solver.IMS_PER_BATCH) ** (0.5 if adamw else 1)
-    rule = "with the root of the batch, for AdamW" if adamw else "with the batch, by the linear rule"
+    rule = "by the root of the batch, for AdamW" if adamw else "by the linear rule of batches"
     choices = {
         "SOLVER.IMS_PER_BATCH": Choice(
-            batch, f"what fits {hardware.gpus} GPUs" if hardware.gpus else "on a CPU"
+            batch, f"{batch // hardware.gpus} on each GPU" if hardware.gpus else "on a CPU"
         ),
         "SOLVER.BASE_LR": Choice(float(f"{solver.BASE_LR * factor:.3g}"), f"the base's, {rule}"),
     }
@@ -91,6 +88,8 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
         choices["SOLVER.AMP.ENABLED"] = Choice(True, "half the memory on a GPU")
     else:
         choices["SOLVER.AMP.ENABLED"] = Choice(False, "the CPU has no mixed precision here")
+    if cfg.TEST.EXPECTED_RESULTS:
+        choices["TEST.EXPECTED_RESULTS"] = Choice([], "the base's are of other data")
     periods = "SOLVER.MAX_ITER", "SOLVER.STEPS"
     if not trained or data.doubt():
         return {**choices, **keep(cfg, data.doubt() or "no images", *periods)}
@@ -113,7 +112,6 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     choices["TEST.EVAL_PERIOD"] = Choice(
         period if evaluated else 0, "a tenth of the schedule" if evaluated else "no validation data"
     )
-    choices["TEST.EXPECTED_RESULTS"] = Choice([], "the base's are of other data")
     return choices
 
 
