@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode
 
-# Assumptions. Training with a ResNet-50 and an FPN takes about this much for each megapixel in mixed
+# Assumptions. Training a ResNet-50 with FPN takes about this much for each megapixel, in mixed
 # precision, PANet's additional poolings included; with deeper ResNets twice that.
 GIB_PER_MEGAPIXEL = 2.0
 _GIB_OF_MODEL = 2.0  # weights, momentum, CUDA itself
