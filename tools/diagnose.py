@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """
-Show where a trained model loses objects: in proposals, boxes, masks or classes. Also print its mask
-AP with ground-truth boxes, its mask AP with the boxes of another run, and the share of dead units
-in its box head.
+Show where a trained model loses objects: in proposals, boxes, masks or classes. The row before the
+proposals, "anchors", is what tools/plan_config.py predicts for them. Also print its mask AP with
+ground-truth boxes, its mask AP with the boxes of another run, and the share of dead units in its
+box head.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panet_d2 import cli
-from panet_d2.analysis import dead_units, detection_stages, evaluate_boxes_of, evaluate_true_boxes
+from panet_d2.analysis import (
+    dead_units,
+    detection_stages,
+    evaluate_boxes_of,
+    evaluate_true_boxes,
+    ground_truth,
+)
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
+from panet_d2.planning import anchor_recall, measure
 
 
 def print_ap(ap: Dict[str, float]) -> None:
@@ -48,7 +56,11 @@ def main(argv: Optional[List[str]] = None) -> None:
             f"all proposals of {len(records)} images of {name}"
         )
     print(f"recall of the objects of {name} at IoU 0.5, in percent:")
-    stages = detection_stages(cfg, model, name)
+    stages = {}
+    predicted = anchor_recall(cfg, measure(ground_truth(name).dataset))
+    if predicted:
+        stages["anchors"] = predicted
+    stages.update(detection_stages(cfg, model, name))
     rows = [
         [stage, *(f"{v:.1f}" if v == v else "-" for v in shares.values())]
         for stage, shares in stages.items()

@@ -8,7 +8,7 @@ from panet_d2 import cli
 
 from ..common import load_script, tiny_cfg, write_coco
 
-STAGES = ["proposals", "boxes", "masks", "classes"]
+STAGES = ["anchors", "proposals", "boxes", "masks", "classes"]
 
 diagnose = load_script("tools/diagnose.py")
 

@@ -1,0 +1,120 @@
+"""How well the anchors of a config overlap the objects of a dataset."""
+
+from __future__ import annotations
+
+import re
+from typing import Dict, List, Optional
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+
+from .fingerprint import Fingerprint
+
+
+def anchor_strides(cfg: CfgNode) -> Optional[List[int]]:
+    """
+    Return the strides of the feature maps that have anchors, which are in the names of FPN's
+    levels: "p2" is of stride 4. None if other maps have anchors, or the anchors are of another kind
+    than Detectron2's default.
+    """
+    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    names = (cfg.MODEL.RETINANET if retinanet else cfg.MODEL.RPN).IN_FEATURES
+    levels = [re.fullmatch(r"p(\d+)", name) for name in names]
+    if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not all(levels):
+        return None
+    return [2 ** int(level[1]) for level in levels if level]
+
+
+def resized(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
+    """
+    Args:
+        cfg (CfgNode): ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
+        sizes (np.ndarray): shape (N, 2), height and width of images.
+
+    Returns:
+        np.ndarray: shape (N, 2), height and width that the model sees, at least a pixel each.
+    """
+    shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if shortest == 0 or not len(sizes):
+        return sizes
+    unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
+    new = [ResizeShortestEdge.get_output_shape(h, w, shortest, longest) for h, w in unique]
+    return np.maximum(np.array(new, float), 1)[inverse.reshape(-1)]
+
+
+def scaled_boxes(cfg: CfgNode, fingerprint: Fingerprint) -> np.ndarray:
+    """Return the boxes, shape (M, 4), in pixels of the images as the model sees them."""
+    factors = (resized(cfg, fingerprint.sizes) / fingerprint.sizes)[fingerprint.images]
+    return fingerprint.boxes * factors[:, [1, 0, 1, 0]]
+
+
+def scaled_sides(cfg: CfgNode, fingerprint: Fingerprint) -> np.ndarray:
+    """Return the root of the area of each of :func:`scaled_boxes`, shape (M,)."""
+    boxes = scaled_boxes(cfg, fingerprint)
+    return np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+
+
+def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarray]:
+    """
+    Compute the highest IoU that an anchor of a config has with each object, at the test scale.
+
+    Args:
+        cfg (CfgNode): the sizes of ``INPUT``, and the anchors.
+        fingerprint (Fingerprint): the dataset.
+
+    Returns:
+        np.ndarray or None: shape (M,). None where :func:`anchor_strides` is.
+    """
+    strides = anchor_strides(cfg)
+    if strides is None:
+        return None
+    node = cfg.MODEL.ANCHOR_GENERATOR
+    generator = DefaultAnchorGenerator(
+        sizes=node.SIZES, aspect_ratios=node.ASPECT_RATIOS, strides=strides, offset=node.OFFSET
+    )
+    boxes = torch.from_numpy(scaled_boxes(cfg, fingerprint)).float()
+    shapes = torch.from_numpy(resized(cfg, fingerprint.sizes)[fingerprint.images]).float()
+    centers = Boxes(boxes).get_centers()  # x, y
+    best = torch.zeros(len(boxes))
+    for stride, cells in zip(strides, generator.cell_anchors):
+        # Of anchors of one shape, the one whose center is nearest has the highest IoU, because the
+        # intersection falls with the distance along each axis.
+        last = (shapes.flip(1) / stride).ceil() - 1
+        place = (centers / stride - node.OFFSET).round().clamp(min=0).minimum(last)
+        nearest = ((place + node.OFFSET) * stride).repeat(1, 2)
+        for cell in cells:
+            best = torch.maximum(best, matched_pairwise_iou(Boxes(nearest + cell), Boxes(boxes)))
+    return best.numpy().astype(float)
+
+
+def share_above(overlaps: np.ndarray, threshold: float = 0.5) -> float:
+    """Return the share of overlaps that reach the threshold; NaN if there are none."""
+    return float((overlaps >= threshold).mean()) if len(overlaps) else float("nan")
+
+
+def anchor_recall(cfg: CfgNode, fingerprint: Fingerprint) -> Dict[str, float]:
+    """
+    Predict, from boxes and anchors alone, the recall of the proposals at an IoU of 0.5.
+
+    Returns:
+        dict[str, float]: the share of objects that some anchor overlaps by an IoU of 0.5, in the
+        form of :func:`panet_d2.analysis.object_recall`: in percent of "all" objects and of COCO's
+        "small", "medium" and "large" objects, NaN if there are none. Empty where
+        :func:`anchor_strides` is None.
+    """
+    overlaps, areas = anchor_overlaps(cfg, fingerprint), fingerprint.areas
+    if overlaps is None:
+        return {}
+    small, large = 32**2, 96**2
+    groups = {
+        "all": areas >= 0,
+        "small": areas < small,
+        "medium": (areas >= small) & (areas < large),
+        "large": areas >= large,
+    }
+    return {name: 100 * share_above(overlaps[group]) for name, group in groups.items()}

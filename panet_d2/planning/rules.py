@@ -1,0 +1,233 @@
+"""
+The rules of a plan for what the model sees and finds. Each takes a dataset's fingerprint, the
+config so far and the hardware, and returns the keys that it decides, each with a value and a
+reason. A key that keeps its value has a reason, too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from .anchors import anchor_overlaps, anchor_strides, scaled_sides, share_above
+from .fingerprint import Fingerprint
+from .hardware import Hardware
+
+
+class Choice(NamedTuple):
+    """A value of a config key, and the reason for it."""
+
+    value: Any
+    reason: str
+
+
+Choices = Dict[str, Choice]
+
+# Small objects are enlarged to six cells of FPN's finest map, of stride 4, on each side.
+SMALL_SIDE = 24
+SMALL = 0.1  # nine of ten objects are at least as large
+_MOST_ENLARGED = 4  # beyond this, enlarging adds pixels but no information
+_LARGER_AT_TEST = 2  # inference keeps no activations for gradients
+_GRID = 32  # FPN pads images to multiples of this
+# A finer anchor would often be too far from the objects between two positions.
+_STRIDES_PER_ANCHOR = 3
+# Anchors are left alone unless the share of objects with an IoU of 0.5 gains the first of these, or
+# stays and that of 0.7 gains the second.
+_WORTH_IT = (0.01, 0.05)
+_LOST = 0.01  # share of objects that NMS may suppress
+
+
+def get(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a config's full key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def keep(cfg: CfgNode, reason: str, *keys: str) -> Choices:
+    """Keep the values that keys have."""
+    return {key: Choice(get(cfg, key), reason) for key in keys}
+
+
+def plan_classes(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
+    """The number of classes, and whether there are masks."""
+    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    choices = {
+        f"MODEL.{node}.NUM_CLASSES": Choice(len(data.categories), "categories of the data"),
+    }
+    if cfg.MODEL.MASK_ON and len(data.boxes) and not data.masks.keys() - {"none"}:
+        choices["MODEL.MASK_ON"] = Choice(False, "the data has no masks")
+    return choices
+
+
+def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
+    """Image sizes at which small objects are large enough for stride 4, within the budget."""
+    node, name = cfg.INPUT, "INPUT."
+    keys = [name + key for key in ("MIN_SIZE_TEST", "MIN_SIZE_TRAIN")]
+    doubt = data.doubt()
+    if doubt:
+        return keep(cfg, doubt, *keys)
+    small = float(np.quantile(data.relative_sides, SMALL))
+    median = float(np.median(data.short_edges))
+    before = node.MIN_SIZE_TEST or median
+    # Not smaller than the base's, because larger images are worse for nothing but speed.
+    wanted = max(min(SMALL_SIDE / small, _MOST_ENLARGED * median), before)
+    ratio = node.MAX_SIZE_TEST / node.MIN_SIZE_TEST if node.MIN_SIZE_TEST else 1
+    ratio = max(ratio, float(np.quantile(data.elongations, 0.95)))
+    budget = hardware.megapixels(cfg) * 1e6
+    longest = min(ratio, float(data.elongations.max()))
+    fits = max(int(np.sqrt(budget / longest)) // _GRID * _GRID, _GRID)
+    train = test = min(int(np.ceil(wanted / _GRID)) * _GRID, fits)
+    choices: Choices = {}
+    reason = ""
+    if wanted > fits:
+        reason = f"; {wanted:.0f} were better, but {hardware.budget_source(cfg)}"
+        larger = min(int(wanted) // _GRID * _GRID, _LARGER_AT_TEST * fits)
+        if median**2 * longest > budget and larger > fits:
+            choices = _plan_crop(data, cfg, fits / larger)
+            test = larger if choices["INPUT.CROP.ENABLED"].value else fits
+            reason += "; see also sliced inference, on tiles of the image"
+    effect = f"a tenth of the objects is below {small * test:.0f} px"
+    if test != before:
+        effect += f", with the base's {before:.0f} below {small * before:.0f} px"
+    choices[keys[0]] = Choice(test, effect + reason)
+    times = f"{ratio:.2f} times the shorter edge"
+    choices["INPUT.MAX_SIZE_TEST"] = Choice(round(test * ratio), times)
+    sizes = [s / (node.MIN_SIZE_TEST or s) * train for s in node.MIN_SIZE_TRAIN if s] or [train]
+    sizes = [max(round(s / _GRID) * _GRID, _GRID) for s in sizes]
+    if node.MIN_SIZE_TRAIN_SAMPLING == "choice":
+        sizes = list(dict.fromkeys(sizes))
+    choices[keys[1]] = Choice(sizes, "as the test size, in the proportions of the base")
+    choices["INPUT.MAX_SIZE_TRAIN"] = Choice(round(train * ratio), times)
+    return choices
+
+
+def _plan_crop(data: Fingerprint, cfg: CfgNode, share: float) -> Choices:
+    """Crops of a share of the image's height and width, which show objects at the test scale."""
+    key = "INPUT.CROP.ENABLED"
+    if data.masks.get("polygon") and importlib.util.find_spec("shapely") is None:
+        return keep(cfg, "polygons need the package shapely to be cropped", key)
+    return {
+        key: Choice(True, "the images are larger than the budget of pixels"),
+        "INPUT.CROP.TYPE": Choice("relative", "a share of height and width"),
+        "INPUT.CROP.SIZE": Choice([round(share, 2)] * 2, "objects are of the test size in a crop"),
+    }
+
+
+def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
+    """Anchor sizes and aspect ratios from the boxes at the planned scale."""
+    keys = [f"MODEL.ANCHOR_GENERATOR.{key}" for key in ("SIZES", "ASPECT_RATIOS")]
+    strides, doubt = anchor_strides(cfg), data.doubt()
+    if strides is None or len(strides) < 2:
+        doubt = "only anchors on several levels of an FPN are planned"
+    if doubt or strides is None:
+        return keep(cfg, doubt, *keys)
+    planned = (
+        _sizes(scaled_sides(cfg, data), cfg, strides),
+        [[round(float(r), 2) for r in np.quantile(data.aspect_ratios, [1 / 6, 1 / 2, 5 / 6])]],
+    )
+    if len(np.ravel(get(cfg, keys[1]))) != 3 or len(set(planned[1][0])) != 3:
+        planned = planned[0], get(cfg, keys[1])  # other numbers of ratios are somebody's intent
+    trial, choices = cfg.clone(), {}
+    for key, value in zip(keys, planned):
+        before = _shares(trial, data)
+        trial.merge_from_list([key, value])
+        after = _shares(trial, data)
+        reason = f"IoU of 0.5, 0.7 for {after[0]:.1%}, {after[1]:.1%} of the objects at this scale"
+        gains = after[0] - before[0], after[1] - before[1]
+        if gains[0] >= _WORTH_IT[0] or (gains[0] > -_WORTH_IT[0] and gains[1] >= _WORTH_IT[1]):
+            reason += f"; with the base's {before[0]:.1%}, {before[1]:.1%}"
+            choices[key] = Choice(value, reason)
+        else:
+            trial.merge_from_list([key, get(cfg, key)])
+            reason = f"those of the boxes, {value}, gain little: {reason}"
+            choices.update(keep(cfg, reason, key))
+    return choices
+
+
+def _shares(cfg: CfgNode, data: Fingerprint) -> Tuple[float, float]:
+    overlaps = anchor_overlaps(cfg, data)
+    assert overlaps is not None  # plan_anchors has asked for the strides
+    return share_above(overlaps, 0.5), share_above(overlaps, 0.7)
+
+
+def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int]]:
+    """
+    Anchor sizes for objects of given sides. An anchor has an IoU of 0.5 with squares of its side
+    times or divided by the root of 2, so that sizes a factor 2 apart leave no gap. They double from
+    the smallest objects on, or where that does not reach the largest, from a size on that nine of
+    ten objects need.
+    """
+    smallest, small, large = np.quantile(sides, [0.05, SMALL, 0.98])
+    root, steps = 2**0.5, len(strides) - 1
+    finest = _STRIDES_PER_ANCHOR * strides[0]
+    low = max(smallest, large / root / 2**steps)
+    low = max(min(low, root * small), finest)
+    step = max((large / root / low) ** (1 / steps), 2)
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    count = len(sizes[0]) if isinstance(sizes[0], (list, tuple)) else len(sizes)
+    return [
+        [round(float(low * step ** (level + i / count))) for i in range(count)]
+        for level in range(len(strides))
+    ]
+
+
+def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
+    """Numbers of proposals, samples and detections that crowded images need."""
+    counts = data.objects_per_image
+    most = int(counts.max(initial=0))
+    if not most:
+        return keep(cfg, data.doubt(), "TEST.DETECTIONS_PER_IMAGE")
+    detections = max(100, -(-int(most * 1.05) // 100) * 100)
+    choices = {
+        "TEST.DETECTIONS_PER_IMAGE": Choice(detections, f"up to {most} objects in an image"),
+    }
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        return choices
+    proposals = -(-3 * most // 100) * 100
+    for split in ("TRAIN", "TEST"):
+        after, before = f"MODEL.RPN.POST_NMS_TOPK_{split}", f"MODEL.RPN.PRE_NMS_TOPK_{split}"
+        if proposals > get(cfg, after):
+            choices[after] = Choice(proposals, "three for each object of the fullest image")
+        least = 2 * choices.get(after, Choice(0, "")).value
+        if least > get(cfg, before):
+            choices[before] = Choice(least, "twice the proposals, because most can be on one level")
+    usual = int(np.quantile(counts, 0.75))
+    for node in ("RPN", "ROI_HEADS"):
+        key = f"MODEL.{node}.BATCH_SIZE_PER_IMAGE"
+        batch = get(cfg, key)
+        while batch * cfg.MODEL[node].POSITIVE_FRACTION < usual and batch < 1024:
+            batch *= 2
+        if batch != get(cfg, key):
+            reason = f"its positive part has room for {usual} objects, as three of four images have"
+            choices[key] = Choice(batch, reason)
+    return choices
+
+
+def plan_nms(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
+    """NMS thresholds above the overlaps of neighbours."""
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        keys = {"MODEL.RETINANET.NMS_THRESH_TEST": (data.class_overlaps, 0.7)}
+    else:
+        keys = {
+            "MODEL.RPN.NMS_THRESH": (data.overlaps, 0.9),
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": (data.class_overlaps, 0.7),
+        }
+    choices = {}
+    for key, (overlaps, highest) in keys.items():
+        threshold = before = get(cfg, key)
+        lost = [share_above(overlaps, threshold)]
+        while lost[-1] > _LOST and threshold + 0.05 <= highest + 1e-9:
+            threshold = round(threshold + 0.05, 2)
+            lost.append(share_above(overlaps, threshold))
+        if threshold == before:
+            choices.update(keep(cfg, f"it suppresses {lost[0]:.1%} of the objects", key))
+        else:
+            reason = (
+                f"objects that overlap more are lost: {lost[-1]:.1%}; at {before}, {lost[0]:.1%}"
+            )
+            choices[key] = Choice(threshold, reason)
+    return choices
