@@ -14,6 +14,7 @@ from torch import nn
 
 from ...config import read_choice
 from ...errors import ConfigError
+from ..check_model import TrainingNotice
 
 
 class FCFusionBranch(nn.Module):
@@ -68,7 +69,7 @@ def _conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class PANetMaskHead(MaskRCNNConvUpsampleHead):
+class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
     """
     Detectron2's mask head with fully-connected fusion. The parent's layers keep their names.
 
