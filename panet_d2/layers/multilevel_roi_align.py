@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Iterable, List, Optional, Tuple
 
 import torch
@@ -129,7 +130,9 @@ def multilevel_roi_align(
 def _check_opset() -> None:
     from torch.onnx import symbolic_helper
 
-    opset = symbolic_helper.GLOBALS.export_onnx_opset_version
+    # The exporter keeps it in a module whose place differs from version to version of torch.
+    module = sys.modules[symbolic_helper.parse_args.__module__]
+    opset = vars(module)["GLOBALS"].export_onnx_opset_version
     if opset < ONNX_OPSET:
         raise ExportError(
             f"ONNX opset {opset} has no RoIAlign for POOLER_TYPE ROIAlignV2, and the file would "
