@@ -1,7 +1,10 @@
 """PANet (Liu et al., CVPR 2018) for Detectron2. Importing it registers everything."""
 
+# First: where DETECTRON2_ENV_MODULE is panet_d2.env, importing Detectron2 imports panet_d2.config.
+import detectron2  # noqa: F401
+
 from . import data  # noqa: F401  (registers the embedded dataset)
-from .config import add_panet_config
+from .config import add_panet_config, install
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -12,6 +15,7 @@ from .errors import (
 )
 from .modeling import (
     PAFPN,
+    AdaptivePoolingMixin,
     AdaptiveROIPooler,
     PANetCascadeROIHeads,
     PANetMaskHead,
@@ -21,6 +25,7 @@ from .modeling import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "AdaptivePoolingMixin",
     "AdaptiveROIPooler",
     "CheckpointError",
     "ConfigError",
@@ -33,4 +38,5 @@ __all__ = [
     "PanetError",
     "TrainingDiverged",
     "add_panet_config",
+    "install",
 ]

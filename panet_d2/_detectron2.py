@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Tuple
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+
+# What get_cfg() returns copies of.
+from detectron2.config.defaults import _C as default_config  # noqa: F401
 from detectron2.data import DatasetMapper
 
 # The arguments that build_detection_train_loader takes from a config. The public function goes on

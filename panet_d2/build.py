@@ -10,10 +10,18 @@ from types import TracebackType
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, TypeVar
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import (
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    RetinaNet,
+    SemanticSegmentor,
+    build_backbone,
+)
 
 from .check_config import flatten
 from .errors import ConfigError, PanetError
+from .modeling.check_model import is_architecture
 
 T = TypeVar("T")
 
@@ -110,13 +118,12 @@ def _levels_problem(cfg: CfgNode) -> Optional[str]:
     except Exception:
         return None  # the backbone is the problem
     readers = {
-        "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
-        "PanopticFPN": ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"),
-        "ProposalNetwork": ("RPN",),
-        "SemanticSegmentor": ("SEM_SEG_HEAD",),
-        "RetinaNet": ("RETINANET",),
+        "RPN": (GeneralizedRCNN, ProposalNetwork),
+        "ROI_HEADS": (GeneralizedRCNN,),
+        "SEM_SEG_HEAD": (PanopticFPN, SemanticSegmentor),
+        "RETINANET": (RetinaNet,),
     }
-    for node in readers.get(cfg.MODEL.META_ARCHITECTURE, ()):
+    for node in (n for n, bases in readers.items() if is_architecture(cfg, *bases)):
         missing = [f for f in cfg.MODEL[node].IN_FEATURES if f not in levels]
         if missing:
             hint = ""

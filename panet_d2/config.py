@@ -29,15 +29,58 @@ def _afp_node() -> CN:
     return node
 
 
+def install() -> None:
+    """
+    Add the config keys of PANet to Detectron2's defaults, so that every later
+    :func:`detectron2.config.get_cfg` of this process has them. For programs that make the config
+    themselves. A second call changes nothing.
+
+    Not done by ``import panet_d2``, because plain Detectron2 could not read the ``config.yaml`` of
+    a stock model that was trained in such a process.
+    """
+    # Here, because it imports most of Detectron2.
+    from ._detectron2 import default_config
+
+    add_panet_config(default_config)
+
+
 def add_panet_config(cfg: CN) -> None:
     """
     Add the config keys of PANet to a Detectron2 config, in place. With their defaults nothing
-    changes.
+    changes. Keys that are there already keep their values.
 
     Args:
         cfg (CfgNode): from :func:`detectron2.config.get_cfg`.
     """
-    _C = cfg
+    _add_missing(cfg, _panet_config())
+    for old, new, *message in _RENAMED:
+        if not cfg.key_is_renamed(old):
+            cfg.register_renamed_key(old, new, *message)
+
+
+def _add_missing(cfg: CN, defaults: CN) -> None:
+    for key, value in defaults.items():
+        if key not in cfg:
+            cfg[key] = value
+        elif isinstance(value, CN):
+            _add_missing(cfg[key], value)
+
+
+_RENAMED = (
+    (
+        "MODEL.PAFPN.CHANNELS_LAST",
+        "MODEL.PAFPN.MEMORY_FORMAT",
+        "True is now 'channels_last', False is 'contiguous'; the default is 'auto'.",
+    ),
+    ("INPUT.MIN_SIZE_TRAIN_PER_BATCH", "INPUT.SAME_SIZE_PER_BATCH"),
+)
+
+
+def _panet_config() -> CN:
+    """All keys of this package."""
+    _C = CN({node: {} for node in ("MODEL", "INPUT", "DATASETS", "SOLVER")})
+    for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"):
+        _C.MODEL[head] = CN()
 
     # ---------------------------------------------------------------------------------------- #
     # Bottom-up path augmentation (PANet, Sec. 3.1). Enabled by MODEL.BACKBONE.NAME:
@@ -59,11 +102,6 @@ def add_panet_config(cfg: CN) -> None:
     # deformable convs cannot read, or "auto": channels_last if MODEL.DEVICE is the CPU, whose convs
     # and RoIAlign read it fastest, and there are no deformable convs. Results are the same.
     _C.MODEL.PAFPN.MEMORY_FORMAT = "auto"
-    _C.register_renamed_key(
-        "MODEL.PAFPN.CHANNELS_LAST",
-        "MODEL.PAFPN.MEMORY_FORMAT",
-        "True is now 'channels_last', False is 'contiguous'; the default is 'auto'.",
-    )
 
     # ---------------------------------------------------------------------------------------- #
     # Adaptive feature pooling, for each ROI head. Needs MODEL.ROI_HEADS.NAME: PANetROIHeads or
@@ -109,7 +147,6 @@ def add_panet_config(cfg: CN) -> None:
     # so that images of one shape are not padded. GroupNorm in the neck sees the padding, and at
     # inference one image has none. Read by panet_d2.engine.Trainer.
     _C.INPUT.SAME_SIZE_PER_BATCH = False
-    _C.register_renamed_key("INPUT.MIN_SIZE_TRAIN_PER_BATCH", "INPUT.SAME_SIZE_PER_BATCH")
 
     # ---------------------------------------------------------------------------------------- #
     # Solver
@@ -119,6 +156,7 @@ def add_panet_config(cfg: CN) -> None:
     # most units of the fc layer stay zero (experiments/results/ablation/README.md). Read by
     # panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
+    return _C
 
 
 def read_choice(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
@@ -134,11 +172,16 @@ def read_choice(cfg: CN, key: str, accepts: Sequence[Any]) -> Any:
         the value.
 
     Raises:
-        ConfigError: if the value is none of ``accepts``.
+        ConfigError: if the value is none of ``accepts``, or the config does not have the key.
     """
     value = cfg
     for part in key.split("."):
-        value = getattr(value, part)
+        if part not in value:
+            raise ConfigError(
+                f"the config does not have the key {key}; call panet_d2.add_panet_config(cfg) "
+                "after get_cfg(), or panet_d2.install() once before it."
+            )
+        value = value[part]
     # By type too: 1 is equal to True, and yacs accepts None for a value of any type.
     if not any(type(value) is type(a) and value == a for a in accepts):
         raise ConfigError(

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from panet_d2.config import read_choice
 from panet_d2.engine import setup_config
 from panet_d2.errors import ConfigError
 
-from .common import ROOT, leaves
+from .common import ROOT, leaves, tiny_cfg
 
 
 def test_only_adds():
@@ -64,3 +65,58 @@ def test_importing_the_package_registers_everything():
         "ROI_MASK_HEAD_REGISTRY.get('PANetMaskHead')\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)
+
+
+def test_only_what_is_missing_is_added():
+    cfg = get_cfg()
+    add_panet_config(cfg)
+    cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.AFP.ENABLED", True, "SOLVER.OPTIMIZER", "ADAMW"])
+    del cfg.MODEL.PAFPN["MEMORY_FORMAT"]
+    before = leaves(cfg)
+    add_panet_config(cfg)
+    assert leaves(cfg) == {**before, "MODEL.PAFPN.MEMORY_FORMAT": "auto"}
+    cfg.freeze()
+    add_panet_config(cfg)
+    with pytest.raises(KeyError, match="renamed"):
+        cfg.merge_from_list(["MODEL.PAFPN.CHANNELS_LAST", True])
+
+
+PROGRAM = """
+import multiprocessing, sys
+{first}
+
+def use():
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    cfg = get_cfg()
+    cfg.merge_from_file(sys.argv[1])
+    return type(build_model(cfg).roi_heads).__name__
+
+if __name__ == "__main__":
+    print(use())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.apply(use))
+"""
+
+
+@pytest.mark.parametrize(
+    "first, variable",
+    [
+        ("import panet_d2; panet_d2.install(); panet_d2.install()", ""),
+        ("import detectron2", "panet_d2.env"),
+        ("import panet_d2", "panet_d2.env"),
+        ("import panet_d2.config", "panet_d2.env"),
+    ],
+)
+def test_programs_that_make_the_config_themselves(first, variable, tmp_path):
+    (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
+    (tmp_path / "program.py").write_text(PROGRAM.format(first=first))
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "program.py", "config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "DETECTRON2_ENV_MODULE": variable, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert printed.stdout.split() == ["PANetROIHeads"] * 2, printed.stderr

@@ -5,9 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Dict, Iterable, List, Tuple
 
-import cv2
 import numpy as np
-from detectron2.utils.visualizer import GenericMask
 from pycocotools.coco import COCO
 
 from .matching import ImageMatch
@@ -19,7 +17,7 @@ _FOUND, _FALSE, _MISSED = (0, 190, 160), (230, 60, 40), (255, 200, 0)
 _GROUND_TRUTH, _WRONG = (90, 150, 255), (220, 80, 220)
 _MIN_HEIGHT = 384  # outlines and labels would cover the objects of a smaller picture
 _BAR = 26
-_FONT, _SCALE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 13
+_FONT, _SCALE, _LINE = 0, 0.45, 13  # cv2.FONT_HERSHEY_SIMPLEX
 
 
 def draw_comparison(
@@ -39,6 +37,7 @@ def draw_comparison(
         np.ndarray: RGB, uint8, shape (H', 2 W' + gap, 3). Small images are enlarged by an integer
         factor.
     """
+    import cv2
 
     def masks(entries: List[dict]) -> List[np.ndarray]:
         return [annotation_mask(entry, image.shape[:2]) for entry in entries]
@@ -79,6 +78,9 @@ def annotation_mask(entry: dict, size: Tuple[int, int]) -> np.ndarray:
         np.ndarray: uint8, 0 and 1, shape (height, width).
     """
     if entry.get("segmentation"):
+        # Imports cv2.
+        from detectron2.utils.visualizer import GenericMask
+
         return GenericMask(entry["segmentation"], *size).mask
     mask = np.zeros(size, np.uint8)
     x, y, w, h = (int(round(v)) for v in entry["bbox"])
@@ -94,6 +96,8 @@ def _draw(
     outline: bool = True,
 ) -> None:
     """Blend the color into the pixels of the masks and draw their outlines, in place."""
+    import cv2
+
     height, width = canvas.shape[:2]
     for mask in masks:
         mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
@@ -106,6 +110,8 @@ def _draw(
 
 def _text(canvas: np.ndarray, text: str, at: Tuple[int, int], color: _Color) -> int:
     """Write with a dark outline, readable on any background; return the width in pixels."""
+    import cv2
+
     # OpenCV 5 spaces thicker letters more widely, so a thick black text cannot be the outline.
     for dx, dy in product((-1, 0, 1), repeat=2):
         shifted = (at[0] + dx, at[1] + dy)
@@ -115,6 +121,8 @@ def _text(canvas: np.ndarray, text: str, at: Tuple[int, int], color: _Color) -> 
 
 
 def _text_width(text: str) -> int:
+    import cv2
+
     return cv2.getTextSize(text, _FONT, _SCALE, 1)[0][0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Dict, List, Sequence, Tuple
 
-import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -98,6 +97,8 @@ def draw_mask_paths(
     Returns:
         np.ndarray: RGB, uint8.
     """
+    import cv2
+
     titles = ("image and ground truth", "FCN path", "fully-connected path", "sum")
     bar = np.full((24, len(titles) * (side + 4), 3), 40, np.uint8)
     for i, title in enumerate(titles):

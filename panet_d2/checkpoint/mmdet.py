@@ -42,19 +42,26 @@ def mmdet_rules() -> List[Rule]:
         "roi_head.mask_head.upsample": f"{mask}deconv",
         "roi_head.mask_head.conv_logits": f"{mask}predictor",
     }
+    modules = {}  # a conv and perhaps a norm
     for i in range(10):
         # The finest level has index 0; in the bottom-up path, the step from N2 to N3.
-        layers[f"neck.lateral_convs.{i}.conv"] = f"backbone.fpn_lateral{i + 2}"
-        layers[f"neck.fpn_convs.{i}.conv"] = f"backbone.fpn_output{i + 2}"
-        layers[f"neck.downsample_convs.{i}.conv"] = f"backbone.pafpn_downsample{i + 3}"
-        layers[f"neck.pafpn_convs.{i}.conv"] = f"backbone.pafpn_output{i + 3}"
+        modules[f"neck.lateral_convs.{i}"] = f"backbone.fpn_lateral{i + 2}"
+        modules[f"neck.fpn_convs.{i}"] = f"backbone.fpn_output{i + 2}"
+        modules[f"neck.downsample_convs.{i}"] = f"backbone.pafpn_downsample{i + 3}"
+        modules[f"neck.pafpn_convs.{i}"] = f"backbone.pafpn_output{i + 3}"
+        modules[f"roi_head.mask_head.convs.{i}"] = f"{mask}mask_fcn{i + 1}"
         layers[f"roi_head.bbox_head.shared_fcs.{i}"] = f"{box}head.fc{i + 1}"
-        layers[f"roi_head.mask_head.convs.{i}.conv"] = f"{mask}mask_fcn{i + 1}"
+    layers.update((f"{theirs}.conv", ours) for theirs, ours in modules.items())
+    norms = r"(?:gn|bn)\.(weight|bias|running_mean|running_var)"
     return [
         Rule(r".*\.num_batches_tracked", None, note="a frozen norm counts no batches"),
         *_resnet(),
         *(
             Rule(rf"{re.escape(theirs)}\.(weight|bias)", rf"{ours}.\1")
             for theirs, ours in layers.items()
+        ),
+        *(
+            Rule(rf"{re.escape(theirs)}\.{norms}", rf"{ours}.norm.\1")
+            for theirs, ours in modules.items()
         ),
     ]

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import read_choice
 from ..errors import ConfigError, DataError
+from ..modeling.check_model import num_classes_node
 from .categories import forget_names, read_categories, resolve_categories
 from .check import (
     check_annotations,
@@ -34,13 +35,6 @@ logger = logging.getLogger("panet_d2")
 
 # Fewer annotations are checked in less than a second. A record of them would be clutter.
 _WORTH_REMEMBERING = 10_000
-
-# The node with the number of classes, by meta-architecture.
-_NUM_CLASSES_KEYS = {
-    "GeneralizedRCNN": "ROI_HEADS",
-    "PanopticFPN": "ROI_HEADS",
-    "RetinaNet": "RETINANET",
-}
 
 
 class _CocoFile(NamedTuple):
@@ -331,7 +325,7 @@ def _warn_of_flips(cfg: CfgNode, name: str) -> None:
 
 
 def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
-    node_name = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    node_name = num_classes_node(cfg)
     if node_name is None:
         return
     node, key = cfg.MODEL[node_name], f"MODEL.{node_name}.NUM_CLASSES"

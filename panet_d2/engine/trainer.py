@@ -38,6 +38,7 @@ from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
 from ..errors import ConfigError, TrainingDiverged
 from ..evaluation import build_evaluator
+from ..modeling.check_model import forget_unread_keys
 from .defaults import latest_checkpoint, load_strict
 from .hooks import StopOnSignal
 from .resume import apply_settings, check_groups, settings
@@ -175,6 +176,12 @@ class Trainer(TrainingLoop):
                 f"step {self.iter}: {e}. Losses of the step before: {before or 'unknown'}. "
                 f"Images: {', '.join(files)}."
             ) from e
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        forget_unread_keys()
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

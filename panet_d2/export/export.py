@@ -20,14 +20,13 @@ from ..checkpoint import atomic_open
 from ..checkpoint.safe_load import first_line
 from ..config import read_choice
 from ..errors import ConfigError, ExportError
+from ..layers.multilevel_roi_align import ONNX_OPSET
 from .verify import Agreement, blank_images
 
 FORMATS = ("torchscript", "onnx")
 
 # Outputs of exported models in this order, if the model has them.
 _OUTPUTS = ("pred_boxes", "pred_classes", "scores", "pred_masks", "pred_keypoints")
-# The first ONNX opset whose RoIAlign can shift boxes by half a pixel, as ROIAlignV2 does.
-_OPSET = 16
 
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]  # a loaded file
 
@@ -177,7 +176,7 @@ def _write_onnx(adapter: TracingAdapter, names: List[str], path: str) -> None:
             input_names=["image"],
             output_names=names,
             dynamic_axes={"image": {1: "height", 2: "width"}, **axes},
-            opset_version=_OPSET,
+            opset_version=ONNX_OPSET,
             **exporter,
         )
 
@@ -216,11 +215,11 @@ def _group_norm_of_nothing() -> Iterator[None]:
         weight, bias = (g.op("Unsqueeze", p, constant([1, 2])) for p in (weight, bias))
         return g.op("Add", g.op("Mul", x, weight), bias)
 
-    torch.onnx.register_custom_op_symbolic("aten::group_norm", group_norm, _OPSET)
+    torch.onnx.register_custom_op_symbolic("aten::group_norm", group_norm, ONNX_OPSET)
     try:
         yield
     finally:
-        torch.onnx.unregister_custom_op_symbolic("aten::group_norm", _OPSET)
+        torch.onnx.unregister_custom_op_symbolic("aten::group_norm", ONNX_OPSET)
 
 
 @contextmanager

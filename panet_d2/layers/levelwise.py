@@ -110,7 +110,8 @@ class LevelwiseLinear(nn.Module):
         Returns:
             Tensor: shape (L, M, out_features).
         """
-        if x.device.type in LOOP_ON:
+        # fvcore, which traces a model to count its operations, does not know baddbmm.
+        if x.device.type in LOOP_ON or torch.jit.is_tracing():
             layers = _by_level(self.weight, self.bias, self.levels)
             x = torch.stack([F.linear(part, *layer) for part, layer in zip(x.unbind(), layers)])
         else:

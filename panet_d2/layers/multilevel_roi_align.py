@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Iterable, List, Optional, Tuple
 
 import torch
 from torchvision.ops import roi_align
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ExportError
 from .roi_align_cpu import roi_align_levels_cpu
 
 # How the grids of one proposal become one. PANet (Sec. 3.2) uses "max"; it names "sum" beside it.
 FUSIONS = ("max", "sum", "mean", "product")
+# The first ONNX opset whose RoIAlign can shift boxes by half a pixel, as ROIAlignV2 does.
+ONNX_OPSET = 16
 # Values of the environment variable PANET_D2_ROI_ALIGN.
 CHOICES = ("auto", "triton", "reference")
 
@@ -93,7 +96,10 @@ def multilevel_roi_align(
     Raises:
         ValueError: if ``fuse`` is unknown.
         ConfigError: if ``PANET_D2_ROI_ALIGN`` has another value.
+        ExportError: while exporting to an ONNX opset whose RoIAlign gives other results.
     """
+    if aligned and torch.onnx.is_in_onnx_export():
+        _check_opset()
     dtype = features[0].dtype
     chosen, on_the_way = implementation(features, sampling_ratio), None
     if chosen == "triton":
@@ -130,6 +136,20 @@ def multilevel_roi_align(
         else:
             result = fuse_levels(levels, fuse)
     return result.to(dtype)
+
+
+def _check_opset() -> None:
+    from torch.onnx import symbolic_helper
+
+    # The exporter keeps it in a module whose place differs from version to version of torch.
+    module = sys.modules[symbolic_helper.parse_args.__module__]
+    opset = vars(module)["GLOBALS"].export_onnx_opset_version
+    if opset < ONNX_OPSET:
+        raise ExportError(
+            f"ONNX opset {opset} has no RoIAlign for POOLER_TYPE ROIAlignV2, and the file would "
+            f"find other objects; export with opset {ONNX_OPSET}, as tools/export_model.py of "
+            "panet_d2 does."
+        )
 
 
 def roi_align_choice() -> str:

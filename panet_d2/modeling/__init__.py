@@ -1,6 +1,7 @@
 from .backbone import PAFPN, build_resnet_pafpn_backbone, build_retinanet_resnet_pafpn_backbone
 from .poolers import AdaptiveROIPooler, adaptive_poolers
 from .roi_heads import (
+    AdaptivePoolingMixin,
     FastRCNNConvFCNormHead,
     FCFusionBranch,
     PANetCascadeROIHeads,
@@ -9,6 +10,7 @@ from .roi_heads import (
 )
 
 __all__ = [
+    "AdaptivePoolingMixin",
     "AdaptiveROIPooler",
     "FCFusionBranch",
     "FastRCNNConvFCNormHead",

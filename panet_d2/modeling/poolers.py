@@ -23,6 +23,7 @@ from ..layers import (
     multilevel_roi_align,
     roi_align_choice,
 )
+from .check_model import warn_once
 
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
@@ -137,11 +138,18 @@ class AdaptiveROIPooler(ROIPooler):
                         f"that AFP.ADAPTATION {adaptation!r} makes."
                     )
                 dim = dim[0]
+        pooler_type = read_choice(cfg, f"{key}.POOLER_TYPE", POOLER_TYPES)
+        if node.POOLER_SAMPLING_RATIO <= 0 and pooler_type != "ROIPool":
+            warn_once(
+                f"{key}.POOLER_SAMPLING_RATIO is {node.POOLER_SAMPLING_RATIO}, with which adaptive "
+                "feature pooling takes hundreds of samples a bin for a large proposal on the "
+                "finest level and several times as long; set 2, as all PANet configs do."
+            )
         return {
             "output_size": node.POOLER_RESOLUTION,
             "scales": [1.0 / input_shape[f].stride for f in in_features],
             "sampling_ratio": node.POOLER_SAMPLING_RATIO,
-            "pooler_type": read_choice(cfg, f"{key}.POOLER_TYPE", POOLER_TYPES),
+            "pooler_type": pooler_type,
             "in_channels": input_shape[in_features[0]].channels,
             "fusion": read_choice(cfg, f"{key}.AFP.FUSION", FUSIONS),
             "adaptation": adaptation,

@@ -3,11 +3,14 @@
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import Boxes
+from torchvision.ops import RoIAlign
 
 from panet_d2 import PAFPN
 from panet_d2.checkpoint.convert import convert
@@ -39,12 +42,18 @@ def their_pafpn():
     return importlib.import_module("mmdet.models.necks").PAFPN
 
 
+@pytest.mark.parametrize("norm", ["", "GN"])
 @pytest.mark.parametrize("size", [(64, 96), (32, 32), (96, 160), (224, 64)])
-def test_neck(size):
-    theirs = their_pafpn()(in_channels=list(CHANNELS.values()), out_channels=16, num_outs=5)
-    torch.nn.init.normal_(theirs.pafpn_convs[0].conv.bias)
+def test_neck(size, norm):
+    theirs = their_pafpn()(
+        in_channels=list(CHANNELS.values()),
+        out_channels=32,
+        num_outs=5,
+        norm_cfg=dict(type="GN", num_groups=32) if norm else None,
+    )
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+    assert not norm or theirs.pafpn_convs[0].gn.num_groups == 32
     features = {
         name: torch.randn(2, channels, size[0] >> level, size[1] >> level)
         for level, (name, channels) in enumerate(CHANNELS.items(), start=2)
@@ -52,7 +61,8 @@ def test_neck(size):
     ours = PAFPN(
         Stages(features),
         list(features),
-        16,
+        32,
+        norm=norm,
         top_block=LastLevelMaxPool(),
         activation="",
         bottom_up_input="sum",
@@ -145,3 +155,61 @@ def test_plain_fpn_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="in.pth: .*missing from it: .*pafpn_output3"):
         convert("mmdet", str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), cfg)
+
+
+def their_mask_rcnn():
+    """With random weights."""
+    their_pafpn()
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine import Config
+
+    register_all_modules()
+    folder = Path(importlib.import_module("mmdet").__file__).parent
+    cfg = Config.fromfile(folder / ".mim/configs/_base_/models/mask-rcnn_r50_fpn.py").model
+    cfg.backbone.init_cfg, cfg.neck.type = None, "PAFPN"
+    model = MODELS.build(cfg).eval()
+    for branch in ("bbox", "mask"):  # mmcv's own needs its compiled ops
+        layers = model.roi_head.get_submodule(f"{branch}_roi_extractor").roi_layers
+        for i, layer in enumerate(layers):
+            args = (layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned)
+            layers[i] = RoIAlign(*args)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def test_mask_rcnn(tmp_path):
+    """Features, and classes, deltas and masks of the same boxes."""
+    theirs = their_mask_rcnn()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "in.pth")
+    cfg = setup_config(
+        str(CONFIGS / "COCO-Detection/mmdet_faster_rcnn_R_50_PAFPN_1x.yaml"),
+        ["MODEL.DEVICE", "cpu", "MODEL.MASK_ON", "True"],
+        needed=(),
+    )
+    convert("mmdet", str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), cfg)
+    model = build_model(cfg).eval()
+    load_strict(model, str(tmp_path / "out.pth"))
+    image, corners = torch.randn(1, 3, 192, 256), torch.rand(40, 2, 2)
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1) * torch.tensor([256, 192] * 2)
+    rois = torch.nn.functional.pad(boxes, (1, 0))
+    heads, theirs_heads = model.roi_heads, theirs.roi_head
+    with torch.no_grad():
+        ours, expected = model.backbone(image), theirs.extract_feat(image)
+        for feature, their_feature in zip(ours.values(), expected):
+            close(feature, their_feature)
+        levels = [ours[f] for f in heads.box_in_features]
+        pooled = heads.box_pooler(levels, [Boxes(boxes)])
+        their_pooled = theirs_heads.bbox_roi_extractor(expected[:4], rois)
+        scores, deltas = heads.box_predictor(heads.box_head(pooled))
+        for values, their_values in zip((scores, deltas), theirs_heads.bbox_head(their_pooled)):
+            close(values, their_values)
+        masks = heads.mask_head.layers(heads.mask_pooler(levels, [Boxes(boxes)]))
+        their_masks = theirs_heads.mask_head(theirs_heads.mask_roi_extractor(expected[:4], rois))
+        close(masks, their_masks)
+
+
+def close(ours, expected):
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -17,7 +17,6 @@ import zlib
 from functools import partial
 from itertools import product
 
-import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -134,6 +133,8 @@ def _texture(rng: np.random.Generator, height: int, width: int, period: float) -
 
 def _noise(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
     """Smooth noise of three octaves, the coarsest of ``period`` pixels."""
+    import cv2
+
     total = np.zeros((height, width), np.float32)
     for octave in range(3):
         step = max(period / 2**octave, 1)
@@ -159,6 +160,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _colours(rng: np.random.Generator, category: int, count: int) -> np.ndarray:
     """Colours of a class, count x 3. Hues of classes overlap, so that hue alone does not tell."""
+    import cv2
+
     hue = (360 * category / len(CLASSES) + 12 * rng.standard_normal(count)) % 360
     saturation, value = rng.uniform(0.4, 1, count), rng.uniform(80, 245, count)
     hsv = np.stack([hue, saturation, value], axis=-1).astype(np.float32)
@@ -282,6 +285,8 @@ def _annotation(instance: dict) -> dict:
 
 
 def _write_split(folder: str, split: str, size: int, progress: tqdm) -> None:
+    import cv2
+
     os.makedirs(os.path.join(folder, split))
     images: list[dict] = []
     annotations: list[dict] = []

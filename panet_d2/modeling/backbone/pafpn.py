@@ -15,13 +15,14 @@ from torch import nn
 
 from ...config import read_choice
 from ...errors import ConfigError
+from ..check_model import TrainingNotice, check_model
 
 ACTIVATIONS = ("relu", "")
 BOTTOM_UP_INPUTS = ("output", "sum")
 MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 
 
-class PAFPN(FPN):
+class PAFPN(TrainingNotice, FPN):
     """
     The Path Aggregation FPN: FPN's levels P2…P5 and a bottom-up path N2…N5 (PANet, Sec. 3.1).
     N2 is P2, and
@@ -127,8 +128,10 @@ class PAFPN(FPN):
 
         Raises:
             ConfigError: if ``MODEL.FPN.IN_FEATURES`` are not a pyramid, a value of ``MODEL.PAFPN``
-                is unknown, or ``MEMORY_FORMAT`` is "channels_last" with deformable convs.
+                is unknown, ``MEMORY_FORMAT`` is "channels_last" with deformable convs, or the
+                number of classes is 0.
         """
+        check_model(cfg)
         try:
             _check_pyramid(
                 bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES"

@@ -1,8 +1,9 @@
 from .box_head import FastRCNNConvFCNormHead
 from .mask_head import FCFusionBranch, PANetMaskHead
-from .roi_heads import PANetCascadeROIHeads, PANetROIHeads
+from .roi_heads import AdaptivePoolingMixin, PANetCascadeROIHeads, PANetROIHeads
 
 __all__ = [
+    "AdaptivePoolingMixin",
     "FCFusionBranch",
     "FastRCNNConvFCNormHead",
     "PANetCascadeROIHeads",

@@ -8,12 +8,14 @@ import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
 from ...config import read_choice
 from ...errors import ConfigError
+from ..check_model import TrainingNotice
 
 
 class FCFusionBranch(nn.Module):
@@ -29,8 +31,16 @@ class FCFusionBranch(nn.Module):
             input_shape (ShapeSpec): channels, height and width of the features it reads.
             norm (str or callable): norm of the convs, see :func:`detectron2.layers.get_norm`.
             relu (bool): add a ReLU after the linear layer.
+
+        Raises:
+            ValueError: if ``input_shape`` has no height or width.
         """
         super().__init__()
+        if not input_shape.height or not input_shape.width:
+            raise ValueError(
+                f"input_shape is {input_shape}; fully-connected fusion needs its height and width, "
+                "those of the grid that the mask head gets."
+            )
         channels, height, width = input_shape.channels, input_shape.height, input_shape.width
         self.conv1 = _conv(channels, channels, norm)
         self.conv2 = _conv(channels, channels // 2, norm)
@@ -68,7 +78,7 @@ def _conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class PANetMaskHead(MaskRCNNConvUpsampleHead):
+class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
     """
     Detectron2's mask head with fully-connected fusion. The parent's layers keep their names.
 
@@ -139,6 +149,12 @@ class PANetMaskHead(MaskRCNNConvUpsampleHead):
         ret["fc_relu"] = read_choice(cfg, f"{key}.FC_FUSION.RELU", (True, False))
         if not ret["fc_fusion"]:
             return ret
+        heads = dict(ROI_HEADS_REGISTRY).get(cfg.MODEL.ROI_HEADS.NAME)
+        if isinstance(heads, type) and issubclass(heads, Res5ROIHeads):
+            # They give the shape before res5, which halves the grid.
+            height, width = (input_shape.height + 1) // 2, (input_shape.width + 1) // 2
+            input_shape = ShapeSpec(channels=input_shape.channels, height=height, width=width)
+            ret["input_shape"] = input_shape
         if not isinstance(input_shape, ShapeSpec):
             raise ConfigError(
                 f"{key}.POOLER_TYPE is empty; PANetMaskHead reads pooled features, so it must be "

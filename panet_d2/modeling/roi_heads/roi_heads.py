@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict
+from typing import Any, Callable, Dict
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.modeling.roi_heads import CascadeROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, ROIHeads
 
 from ..._detectron2 import HeadHooks
 from ...config import read_choice
+from ..check_model import TrainingNotice, check_model, warn_once
 from ..poolers import AdaptiveROIPooler
 
 
-class AdaptivePoolingMixin(HeadHooks):
+class AdaptivePoolingMixin(TrainingNotice, HeadHooks):
     """
-    Adds adaptive feature pooling to a :class:`StandardROIHeads`, for each branch whose
-    ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's.
+    Adds adaptive feature pooling to any heads derived from :class:`StandardROIHeads`, for each
+    branch whose ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's::
+
+        @ROI_HEADS_REGISTRY.register()
+        class MyAdaptiveROIHeads(AdaptivePoolingMixin, MyROIHeads):
+            pass
     """
 
     @classmethod
@@ -64,3 +69,30 @@ class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
     :class:`CascadeROIHeads` with adaptive feature pooling before each branch. The stages share
     the box pooler, as in the parent, and so its adaptation layers.
     """
+
+
+_stock_from_config = ROIHeads.from_config.__func__
+
+
+def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
+    check_model(cfg)
+    name = cfg.MODEL.ROI_HEADS.NAME
+    keys = [f"ROI_{branch}_HEAD" for branch in ("BOX", "MASK", "KEYPOINT")]
+    asked = [key for key in keys if cfg.MODEL[key].get("AFP", {}).get("ENABLED") is True]
+    if issubclass(cls, AdaptivePoolingMixin) and not asked:
+        warn_once(
+            f"MODEL.ROI_HEADS.NAME is {name!r}, but no MODEL.ROI_*_HEAD.AFP.ENABLED is True, so "
+            "there is no adaptive feature pooling."
+        )
+    if asked and not issubclass(cls, AdaptivePoolingMixin):
+        warn_once(
+            f"MODEL.{asked[0]}.AFP.ENABLED is True, but MODEL.ROI_HEADS.NAME is {name!r}, which "
+            "has no adaptive feature pooling and ignores the key; set PANetROIHeads or "
+            "PANetCascadeROIHeads, or add AdaptivePoolingMixin to your own heads."
+        )
+    return _stock_from_config(cls, cfg, *args)
+
+
+# All ROI heads run this method of the base class. Of stock heads in a stock backbone, built by a
+# stock trainer, nothing else of this package would see the config.
+ROIHeads.from_config = classmethod(_from_config)

@@ -1,0 +1,101 @@
+"""What a config asks for and the model would not do, said while Detectron2 builds the model."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, List, Optional
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from torch import nn
+
+from ..errors import ConfigError
+
+# A mixin that derived from Module would come after it in the order of methods.
+if TYPE_CHECKING:
+    from torch.nn import Module as _Module
+else:
+    _Module = object
+
+logger = logging.getLogger("panet_d2")
+
+# Keys that only panet_d2.engine.Trainer reads, with the values that ask for nothing.
+_TRAINER_KEYS = {
+    "SOLVER.OPTIMIZER": "SGD",
+    "INPUT.SAME_SIZE_PER_BATCH": False,
+    "DATASETS.REGISTER_COCO": (),
+    "DATASETS.CHECK_IMAGES": True,
+}
+
+# Those that the model built last asks for, until its mode is set.
+_unread: List[str] = []
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in the life of this process."""
+    logger.warning(message)
+
+
+def is_architecture(cfg: CfgNode, *bases: type) -> bool:
+    """Whether ``MODEL.META_ARCHITECTURE`` is one of these classes, or derived from one."""
+    found = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(found, type) and issubclass(found, bases)
+
+
+def num_classes_node(cfg: CfgNode) -> Optional[str]:
+    """Return the node of ``MODEL`` with the number of classes, if the architecture is known."""
+    if is_architecture(cfg, GeneralizedRCNN):
+        return "ROI_HEADS"
+    return "RETINANET" if is_architecture(cfg, RetinaNet) else None
+
+
+def check_model(cfg: CfgNode) -> None:
+    """
+    Check the config of a model that is being built, and note the keys that only
+    :class:`panet_d2.engine.Trainer` reads, see :class:`TrainingNotice`.
+
+    Args:
+        cfg (CfgNode): any Detectron2 config.
+
+    Raises:
+        ConfigError: if the number of classes is 0.
+    """
+    node = num_classes_node(cfg)
+    if node and cfg.MODEL[node].NUM_CLASSES == 0:
+        raise ConfigError(
+            f"MODEL.{node}.NUM_CLASSES is 0; set the number of classes, or call "
+            "panet_d2.data.setup_datasets(cfg), which takes the number from the datasets, before "
+            "the model is built."
+        )
+    _unread.clear()
+    for key, nothing in _TRAINER_KEYS.items():
+        group, name = key.split(".")
+        value = cfg[group].get(name, nothing)
+        if name == "REGISTER_COCO":
+            value = tuple(entry for entry in value if entry[0] not in DatasetCatalog)
+        if value != nothing:
+            _unread.append(f"{key} {value!r}")
+
+
+def forget_unread_keys() -> None:
+    """For the trainer that reads them."""
+    _unread.clear()
+
+
+class TrainingNotice(_Module):
+    """
+    Warns of the keys that only :class:`panet_d2.engine.Trainer` reads, if the first mode that the
+    model is set to is training. Then another trainer has built the model.
+    """
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode and _unread:
+            warn_once(
+                "The config has keys that only panet_d2.engine.Trainer (train_net.py) reads; this "
+                f"program's trainer ignores them: {', '.join(_unread)}."
+            )
+        _unread.clear()
+        return super().train(mode)
