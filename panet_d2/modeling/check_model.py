@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, List, Optional
+from typing import Any, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -14,10 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 
 # A mixin that derived from Module would come after it in the order of methods.
-if TYPE_CHECKING:
-    from torch.nn import Module as _Module
-else:
-    _Module = object
+_Module: Any = object
 
 logger = logging.getLogger("panet_d2")
 
