@@ -62,8 +62,10 @@ def test_fused_levels_come_near_to_the_donors_layer():
         assert after < 0.2 * before[branch], (branch, before[branch], after)
 
 
-@pytest.mark.parametrize("fusion", ["max", "sum", "mean"])
-@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+# Each norm and each fusion; a case takes ten seconds.
+@pytest.mark.parametrize(
+    "norm, fusion", [("", "max"), ("GN", "max"), ("GN", "sum"), ("BN", "mean")]
+)
 def test_only_scales_and_shifts(fusion, norm):
     opts = []
     for head in ("BOX", "MASK"):

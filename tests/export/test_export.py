@@ -181,13 +181,14 @@ def test_group_norm_is_exported_as_before():
     pytest.importorskip("onnx")
     from torch.onnx._internal.torchscript_exporter.registration import registry
 
-    from panet_d2.export.export import _OPSET, _group_norm_of_nothing
+    from panet_d2.export.export import _group_norm_of_nothing
+    from panet_d2.layers.multilevel_roi_align import ONNX_OPSET
 
     group = registry.get_function_group("aten::group_norm")
-    before = group.get(_OPSET)
+    before = group.get(ONNX_OPSET)
     with _group_norm_of_nothing():
-        assert group.get(_OPSET) is not before
-    assert group.get(_OPSET) is before
+        assert group.get(ONNX_OPSET) is not before
+    assert group.get(ONNX_OPSET) is before
 
 
 REFUSED = {
