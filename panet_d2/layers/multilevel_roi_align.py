@@ -101,22 +101,11 @@ def multilevel_roi_align(
     if aligned and torch.onnx.is_in_onnx_export():
         _check_opset()
     dtype = features[0].dtype
-    chosen, on_the_way = implementation(features, sampling_ratio), None
+    chosen = implementation(features, sampling_ratio, output_size, aligned, fuse)
     if chosen == "triton":
-        from .roi_align_check import Use, triton_failure
-        from .roi_align_triton import TRITON_FUSIONS
+        from .roi_align_triton import TRITON_FUSIONS, roi_align_levels_triton
 
         on_the_way = fuse if fuse in TRITON_FUSIONS else None
-        if roi_align_choice() == "auto":
-            size = output_size[0], output_size[1]
-            channels = features[0].shape[1]
-            use = Use(len(features), channels, size, sampling_ratio, aligned, on_the_way)
-            backward = torch.is_grad_enabled() and any(f.requires_grad for f in features)
-            if triton_failure(features[0].device, dtype, use, backward):
-                chosen = "reference"
-    if chosen == "triton":
-        from .roi_align_triton import roi_align_levels_triton
-
         result = roi_align_levels_triton(
             features, boxes, scales, output_size, sampling_ratio, aligned, on_the_way
         )
@@ -168,10 +157,20 @@ def roi_align_choice() -> str:
     return choice
 
 
-def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
+def implementation(
+    features: List[torch.Tensor],
+    sampling_ratio: int,
+    output_size: Optional[Tuple[int, int]] = None,
+    aligned: bool = True,
+    fuse: Optional[str] = None,
+) -> str:
     """
     Choose the implementation for these features: "triton", "cpu" or "reference". The first choice
-    on a CUDA device checks the kernels, see :func:`panet_d2.layers.roi_align_check.triton_failure`.
+    on a CUDA device checks the kernels, see :func:`panet_d2.layers.roi_align_check.triton_failure`;
+    with an ``output_size``, also those of this use.
+
+    Args:
+        features, sampling_ratio, output_size, aligned, fuse: see :func:`multilevel_roi_align`.
 
     Raises:
         ConfigError: see :func:`roi_align_choice`.
@@ -186,15 +185,24 @@ def implementation(features: List[torch.Tensor], sampling_ratio: int) -> str:
     device, dtype = features[0].device, features[0].dtype
     if not _for_triton(device):
         return "cpu" if device.type == "cpu" else "reference"
-    from .roi_align_check import DTYPES, triton_failure
+    from .roi_align_check import DTYPES, Use, triton_failure
 
     if dtype not in DTYPES or torch.are_deterministic_algorithms_enabled() or _is_compiling():
         return "reference"
     if choice == "auto" and triton_failure(device, dtype):
         return "reference"
-    from .roi_align_triton import covers
+    from .roi_align_triton import TRITON_FUSIONS, covers
 
-    return "triton" if covers(features, sampling_ratio) else "reference"
+    if not covers(features, sampling_ratio):
+        return "reference"
+    if choice == "auto" and output_size is not None:
+        fused = fuse if fuse in TRITON_FUSIONS else None
+        size, channels = (output_size[0], output_size[1]), features[0].shape[1]
+        use = Use(len(features), channels, size, sampling_ratio, aligned, fused)
+        backward = torch.is_grad_enabled() and any(f.requires_grad for f in features)
+        if triton_failure(device, dtype, use, backward):
+            return "reference"
+    return "triton"
 
 
 def _for_triton(device: torch.device) -> bool:
