@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from panet_d2 import cli
 from panet_d2.check_config import check_values
+from panet_d2.checkpoint import atomic_open
 from panet_d2.data import setup_datasets
 from panet_d2.engine import read_config
 from panet_d2.engine.config_file import PREFIX
@@ -67,7 +68,7 @@ def print_reasons(plan: Plan) -> None:
 def write(args: argparse.Namespace, plan: Plan, text: str, data: Dict[str, Fingerprint]) -> None:
     stem, extension = os.path.splitext(args.output)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    with open(args.output, "w", encoding="utf-8") as f:
+    with atomic_open(args.output) as f:
         f.write(text)
     content = {
         "fingerprint": {name: d.summary() for name, d in data.items()},
@@ -75,7 +76,7 @@ def write(args: argparse.Namespace, plan: Plan, text: str, data: Dict[str, Finge
         "plan": {k: {"value": c.value, "reason": c.reason} for k, c in plan.changed.items()},
         "kept": {k: {"value": c.value, "reason": c.reason} for k, c in plan.kept.items()},
     }
-    with open(f"{stem}.json", "w", encoding="utf-8") as f:
+    with atomic_open(f"{stem}.json") as f:
         json.dump(content, f, indent=2)
     plot_plan(plan, data["train"], f"{stem}.png")
     print(f"\nwrote {args.output}, {stem}.json and {stem}.png; train with:")

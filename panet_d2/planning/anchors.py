@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 
+from ..modeling.check_model import is_architecture
 from .fingerprint import Fingerprint
 
 
@@ -22,8 +24,7 @@ def anchor_strides(cfg: CfgNode) -> Optional[List[int]]:
     levels: "p2" is of stride 4. None if other maps have anchors, or the anchors are of another kind
     than Detectron2's default.
     """
-    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    names = (cfg.MODEL.RETINANET if retinanet else cfg.MODEL.RPN).IN_FEATURES
+    names = (cfg.MODEL.RETINANET if is_architecture(cfg, RetinaNet) else cfg.MODEL.RPN).IN_FEATURES
     levels = [re.fullmatch(r"p(\d+)", name) for name in names]
     if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not all(levels):
         return None

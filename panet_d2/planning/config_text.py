@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 import yaml
 
 from ..check_config import flatten
-from .plan import Plan
+from .plan import Plan, plain
 from .rules import Choice
 
 _COLUMNS = 100
@@ -77,10 +77,7 @@ def _comment(text: str, indent: str) -> List[str]:
 
 def _scalar(value: Any) -> str:
     """YAML in one line; the end mark after a plain value is left out."""
-    value = _lists(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = yaml.safe_dump(
+        plain(value), default_flow_style=True, width=float("inf"), allow_unicode=True
+    )
     return text.rsplit("\n...\n", 1)[0].rstrip("\n")
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -96,11 +96,11 @@ def make_plan(
         for key, choice in decided.items():
             cfg.merge_from_list([key, choice.value])
         choices.update(decided)
-    changed = {k: c for k, c in choices.items() if _plain(c.value) != _plain(get(base, k))}
+    changed = {k: c for k, c in choices.items() if plain(c.value) != plain(get(base, k))}
     kept = {k: c for k, c in choices.items() if k not in changed}
     return Plan(base, cfg, changed, kept)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Lists for tuples, which YAML does not have."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

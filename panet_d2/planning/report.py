@@ -65,6 +65,7 @@ def plot_plan(plan: Plan, data: Fingerprint, path: str) -> None:
     """
     Draw the sizes and aspect ratios of the objects against the anchors, before and after, as PNG.
     """
+    predicted = plan.prediction(data)
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
     for axis, cfg, title in zip(axes, (plan.base, plan.cfg), ("base", "plan")):
         node = cfg.MODEL.ANCHOR_GENERATOR
@@ -74,7 +75,7 @@ def plot_plan(plan: Plan, data: Fingerprint, path: str) -> None:
         for size in np.unique(np.ravel(node.SIZES)):
             axis.plot([size] * len(ratios), ratios, "_-", color="C1", ms=8, lw=1)
         axis.plot([], [], "_-", color="C1", label="anchors")
-        share = plan.prediction(data).get(title, {}).get("IoU 0.5")
+        share = predicted.get(title, {}).get("IoU 0.5")
         caption = f"; IoU 0.5 for {share:.1%}" if share is not None else ""
         axis.set(xscale="log", yscale="log", xlabel="root of the area, pixels at the test size")
         axis.set_title(f"{title}: shorter edge {cfg.INPUT.MIN_SIZE_TEST}{caption}", fontsize=10)

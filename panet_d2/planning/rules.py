@@ -11,7 +11,9 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.modeling import RetinaNet
 
+from ..modeling.check_model import is_architecture, num_classes_node
 from .anchors import anchor_overlaps, anchor_strides, scaled_sides, share_above
 from .fingerprint import Fingerprint
 from .hardware import Hardware
@@ -54,7 +56,7 @@ def keep(cfg: CfgNode, reason: str, *keys: str) -> Choices:
 
 def plan_classes(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     """The number of classes, and whether there are masks."""
-    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    node = num_classes_node(cfg) or "ROI_HEADS"
     choices = {
         f"MODEL.{node}.NUM_CLASSES": Choice(len(data.categories), "categories of the data"),
     }
@@ -185,7 +187,7 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
     choices = {
         "TEST.DETECTIONS_PER_IMAGE": Choice(detections, f"up to {most} objects in an image"),
     }
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+    if is_architecture(cfg, RetinaNet):
         return choices
     proposals = -(-3 * most // 100) * 100
     for split in ("TRAIN", "TEST"):
@@ -209,7 +211,7 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
 
 def plan_nms(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     """NMS thresholds above the overlaps of neighbours."""
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+    if is_architecture(cfg, RetinaNet):
         keys = {"MODEL.RETINANET.NMS_THRESH_TEST": (data.class_overlaps, 0.7)}
     else:
         keys = {
