@@ -88,8 +88,9 @@ def drawable(names: Sequence[str], numbers: Sequence[int]) -> List[str]:
     path = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
     lost = lacking(path)
     for path in sorted(font_manager.findSystemFonts()) if lost else ():
-        if len(lacking(path)) < len(lost):
-            lost = lacking(path)
+        without = lacking(path)
+        if len(without) < len(lost):
+            lost = without
             font_manager.fontManager.addfont(path)
             family = font_manager.get_font(path).family_name
             rcParams["font.sans-serif"] = [family, *rcParams["font.sans-serif"]]

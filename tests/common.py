@@ -17,6 +17,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from pycocotools import mask as mask_util
 
 from panet_d2 import add_panet_config
+from panet_d2.check_config import flatten
 
 needs_cuda = pytest.mark.cuda  # left out by conftest.py where there is none
 
@@ -86,15 +87,9 @@ def tiny_cfg(*opts) -> CfgNode:
     return cfg
 
 
-def leaves(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+def leaves(cfg: CfgNode) -> Dict[str, Any]:
     """All values of a config, by their full keys."""
-    flat: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            flat.update(leaves(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+    return dict(flatten(cfg))
 
 
 def batch(num_images: int = 2, empty: tuple[int, ...] = (), num_classes: int = 3) -> list[dict]:

@@ -30,6 +30,11 @@ def images_of_batch(*entropy: int) -> Iterator[None]:
         _batch.reset(token)
 
 
+def leaves_nothing(resize: Transform) -> bool:
+    """Whether a resize of an image, or no resize, leaves a side without pixels."""
+    return 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1))
+
+
 class ResizeShortestEdgePerBatch(ResizeShortestEdge):
     """
     :class:`ResizeShortestEdge` with one size for all images of a batch, so that images of one shape

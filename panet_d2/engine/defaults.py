@@ -19,6 +19,7 @@ from ..checkpoint.safe_load import first_line
 from ..config import add_panet_config
 from ..data import setup_datasets
 from ..errors import ConfigError
+from ..modeling.check_model import heads_that_ask_for_afp
 from .config_file import merge_config_file
 
 logger = logging.getLogger("panet_d2")
@@ -95,7 +96,7 @@ def check_device(cfg: CfgNode) -> None:
     device = cfg.MODEL.DEVICE
     try:
         torch.zeros(1, device=device).item()
-    except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError …
+    except Exception as e:  # torch has no type of its own for this
         reason = first_line(e).split(". ")[0].split(" (")[0][:200]
         raise ConfigError(
             f"MODEL.DEVICE is {device!r}, which PyTorch cannot use here ({reason}); set 'cpu', or "
@@ -115,8 +116,8 @@ def _check_roi_heads(cfg: CfgNode) -> None:
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = dict(ROI_HEADS_REGISTRY).get(name)  # the registry reports an unknown name later
     stock = heads is not None and heads.__module__.startswith("detectron2.")
-    for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"):
-        if stock and cfg.MODEL[head].AFP.ENABLED is True:
+    for head in heads_that_ask_for_afp(cfg):
+        if stock:
             raise ConfigError(
                 f"MODEL.{head}.AFP.ENABLED is True, but MODEL.ROI_HEADS.NAME is {name!r}, which "
                 "has no adaptive feature pooling; set PANetROIHeads or PANetCascadeROIHeads."

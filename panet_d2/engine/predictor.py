@@ -16,6 +16,7 @@ from torch import nn
 
 from ..build import build
 from ..checkpoint.strict_checkpoint import join_names
+from ..data.augmentation import leaves_nothing
 from ..data.categories import as_categories, model_metadata, read_categories, resolve_categories
 from ..errors import DataError
 from .defaults import load_strict
@@ -107,13 +108,12 @@ class Predictor(DefaultPredictor):
         """
         image = self._check(original_image)
         resize = self.aug.get_transform(image)
-        height, width = getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)
-        if not (height and width):
+        if leaves_nothing(resize):
             size = "x".join(str(side) for side in image.shape[1::-1])
             raise DataError(
                 f"the image of {size} pixels is too narrow: INPUT.MIN_SIZE_TEST "
                 f"{self.cfg.INPUT.MIN_SIZE_TEST} and INPUT.MAX_SIZE_TEST "
-                f"{self.cfg.INPUT.MAX_SIZE_TEST} resize it to {width}x{height}."
+                f"{self.cfg.INPUT.MAX_SIZE_TEST} resize it to {resize.new_w}x{resize.new_h}."
             )
         return super().__call__(image)
 

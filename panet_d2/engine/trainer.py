@@ -308,9 +308,9 @@ class Trainer(TrainingLoop):
             checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             return
         super().resume_or_load(resume)
-        if not self.start_iter:
-            _warn_of_frozen(model)
         if self.start_iter:
             self.loop.reset_data_loader(
                 lambda: _remember(self.build_train_loader(self.cfg, self.start_iter), self._batch)
             )
+        else:
+            _warn_of_frozen(model)

@@ -12,6 +12,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.transforms import ResizeShortestEdge
 
 from ..data import first_test_set, spread_evenly
+from ..data.augmentation import leaves_nothing
 from ..data.image_file import read_image_file
 from ..errors import ConfigError, DataError
 
@@ -129,7 +130,7 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
             )
         short = round(cfg.INPUT.MIN_SIZE_TEST * _SCALES[i % len(_SCALES)])
         resize = ResizeShortestEdge(short, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
-        if not (getattr(resize, "new_h", 1) and getattr(resize, "new_w", 1)):
+        if leaves_nothing(resize):
             raise DataError(f"cannot use image {file}: it is too narrow to be resized.")
         image = resize.apply_image(image).astype("float32")
         images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))

@@ -42,6 +42,12 @@ def is_architecture(cfg: CfgNode, *bases: type) -> bool:
     return isinstance(found, type) and issubclass(found, bases)
 
 
+def heads_that_ask_for_afp(cfg: CfgNode) -> List[str]:
+    """Return the nodes of ``MODEL``, such as "ROI_BOX_HEAD", whose ``AFP.ENABLED`` is True."""
+    keys = [f"ROI_{branch}_HEAD" for branch in ("BOX", "MASK", "KEYPOINT")]
+    return [key for key in keys if cfg.MODEL[key].get("AFP", {}).get("ENABLED") is True]
+
+
 def num_classes_node(cfg: CfgNode) -> Optional[str]:
     """Return the node of ``MODEL`` with the number of classes, if the architecture is known."""
     if is_architecture(cfg, GeneralizedRCNN):

@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, ROIHeads
 
 from ..._detectron2 import HeadHooks
 from ...config import read_choice
-from ..check_model import TrainingNotice, check_model, warn_once
+from ..check_model import TrainingNotice, check_model, heads_that_ask_for_afp, warn_once
 from ..poolers import AdaptiveROIPooler
 
 
@@ -76,9 +76,7 @@ _stock_from_config = ROIHeads.from_config.__func__
 
 def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
     check_model(cfg)
-    name = cfg.MODEL.ROI_HEADS.NAME
-    keys = [f"ROI_{branch}_HEAD" for branch in ("BOX", "MASK", "KEYPOINT")]
-    asked = [key for key in keys if cfg.MODEL[key].get("AFP", {}).get("ENABLED") is True]
+    name, asked = cfg.MODEL.ROI_HEADS.NAME, heads_that_ask_for_afp(cfg)
     if issubclass(cls, AdaptivePoolingMixin) and not asked:
         warn_once(
             f"MODEL.ROI_HEADS.NAME is {name!r}, but no MODEL.ROI_*_HEAD.AFP.ENABLED is True, so "
