@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
 
 from panet_d2 import cli
@@ -128,6 +129,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     data = {"train": read_fingerprint(*args.train)}
     if args.val:
         data["val"] = read_fingerprint(*args.val, evaluated=True)
+        most = int(data["val"].objects_per_image.max(initial=0))
+        data["train"] = replace(data["train"], most_at_test=most)
     for name, fingerprint in data.items():
         print(f"{name}: {getattr(args, name)[0]}\n{fingerprint_table(fingerprint)}\n")
     pairs = similar_files(data["train"].files, data["val"].files) if args.val else []

@@ -53,6 +53,7 @@ class Fingerprint:
         corners (float): median number of corners of the polygons of an object; NaN without any.
         crowds (int): number of crowd regions.
         files (tuple[str]): file names of the images.
+        most_at_test (int): number of objects of the fullest image of the evaluation; 0 if unknown.
     """
 
     sizes: np.ndarray
@@ -67,6 +68,7 @@ class Fingerprint:
     corners: float = float("nan")
     crowds: int = 0
     files: Tuple[str, ...] = ()
+    most_at_test: int = 0
 
     @cached_property
     def short_edges(self) -> np.ndarray:

@@ -167,7 +167,7 @@ def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int
     root, steps = 2**0.5, len(strides) - 1
     finest = _STRIDES_PER_ANCHOR * strides[0]
     low = max(smallest, large / root / 2**steps)
-    low = max(min(low, root * small), finest)
+    low = round(float(max(min(low, root * small), finest)))  # so that the sizes double exactly
     step = max((large / root / low) ** (1 / steps), 2)
     sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
     count = len(sizes[0]) if isinstance(sizes[0], (list, tuple)) else len(sizes)
@@ -183,14 +183,15 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
     most = int(counts.max(initial=0))
     if not most:
         return keep(cfg, data.doubt(), "TEST.DETECTIONS_PER_IMAGE")
-    detections = max(100, -(-int(most * 1.05) // 100) * 100)
+    evaluated = max(most, data.most_at_test)
+    detections = max(100, -(-int(evaluated * 1.05) // 100) * 100)
     choices = {
-        "TEST.DETECTIONS_PER_IMAGE": Choice(detections, f"up to {most} objects in an image"),
+        "TEST.DETECTIONS_PER_IMAGE": Choice(detections, f"up to {evaluated} objects in an image"),
     }
     if is_architecture(cfg, RetinaNet):
         return choices
-    proposals = -(-3 * most // 100) * 100
-    for split in ("TRAIN", "TEST"):
+    for split, fullest in (("TRAIN", most), ("TEST", evaluated)):
+        proposals = -(-3 * fullest // 100) * 100
         after, before = f"MODEL.RPN.POST_NMS_TOPK_{split}", f"MODEL.RPN.PRE_NMS_TOPK_{split}"
         if proposals > get(cfg, after):
             choices[after] = Choice(proposals, "three for each object of the fullest image")

@@ -1,5 +1,7 @@
 """Each rule on data whose right answer is computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from panet_d2.planning import Hardware, measure
@@ -98,6 +100,14 @@ def test_anchor_sizes_double_from_small_objects():
     assert "100.0%" in sizes.reason and "base's" in sizes.reason
 
 
+def test_anchor_sizes_are_round():
+    """A smallest object of 20.4 px has a power of 2 times 20, as a person would write it."""
+    cfg = sized(400, "MODEL.ANCHOR_GENERATOR.SIZES", [[100], [200], [300], [400], [500]])
+    sides = [20.4] * 4 + [30, 50, 80, 120, 160, 200]
+    planned = plan_anchors(measure(squares(sides)), cfg, ROOMY)
+    assert planned["MODEL.ANCHOR_GENERATOR.SIZES"].value == [[20], [40], [80], [160], [320]]
+
+
 def test_anchor_sizes_reach_large_objects():
     """From 40 to 1131 px: 1131 / sqrt 2 = 800 is the largest, 50 = 800 / 16 the smallest."""
     cfg = sized(1200)
@@ -137,6 +147,14 @@ def test_detections(most, detections):
     data = measure(squares([10] * most, number=1))
     planned = plan_detections(data, tiny_cfg(), ROOMY)
     assert planned["TEST.DETECTIONS_PER_IMAGE"].value == detections
+
+
+def test_detections_and_proposals_of_the_fullest_image_of_the_evaluation():
+    data = replace(measure(squares([10] * 90, number=1)), most_at_test=400)
+    planned = values(plan_detections(data, tiny_cfg(), ROOMY))
+    assert planned["TEST.DETECTIONS_PER_IMAGE"] == 500
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 1200
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == 300
 
 
 def test_proposals_and_samples():

@@ -17,6 +17,11 @@ def args(tmp_path):
     (tmp_path / "base.yaml").write_text(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 9).dump())
     train = write_coco(tmp_path / "train", num_images=6)
     val = write_coco(tmp_path / "val")
+    content = json.loads(Path(val[0]).read_text())
+    content["annotations"] = [
+        dict(content["annotations"][0], id=index) for index in range(1, 111)
+    ]  # in one image, more than in any of training
+    Path(val[0]).write_text(json.dumps(content))
     return ["--train", *train, "--val", *val, "--base", str(tmp_path / "base.yaml")]
 
 
@@ -28,6 +33,7 @@ def test_writes_a_config_for_any_folder(tmp_path, args, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "quantiles" in out and "some anchor has IoU 0.5" in out and "kept as in the base" in out
     assert "--config-file out/mine.yaml" in out
+    assert "DETECTIONS_PER_IMAGE: 200  # up to 110 objects" in out
     monkeypatch.chdir("/")
     cfg = setup_config(str(tmp_path / output))
     assert (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) == ("mine_train", "mine_val")
