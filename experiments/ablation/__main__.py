@@ -41,6 +41,8 @@ DOCUMENT = os.path.join(ROOT, RESULTS, "README.md")
 TRAIN_NET = os.path.join(ROOT, "train_net.py")
 BASELINES = {
     "dsb2018": os.path.join(ROOT, "configs/DSB2018/mask_rcnn_R_18_FPN_gn.yaml"),
+    "facade": os.path.join(ROOT, "configs/Facade/mask_rcnn_R_18_FPN.yaml"),
+    "granular": os.path.join(ROOT, "configs/Granular/mask_rcnn_R_18_FPN.yaml"),
     "shapes": os.path.join(ROOT, "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"),
 }
 EVALUATIONS = 6  # points of a run's curve
@@ -153,7 +155,7 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     opts = [*FINE_TUNING, *FINE_TUNING_ON[args.data]] if args.pretrain else []
     opts += [*(schedule(args.steps) if args.steps else []), *args.opts]
     cfg = setup_config(config_file, opts)
-    steps = cfg.SOLVER.MAX_ITER
+    steps, channels = cfg.SOLVER.MAX_ITER, cfg.MODEL.FPN.OUT_CHANNELS
     period = 0 if args.quick else max(1, steps // EVALUATIONS)
     opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
     work = os.path.join(args.work, os.path.basename(results))
@@ -170,7 +172,12 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
         opts += ["MODEL.WEIGHTS", resnet]
     # Seed by seed: a run that is cut off then leaves complete ladders.
     runs = [
-        Run(rung, seed, config_file, (*overrides(RUNGS[rung], args.norm, resnet_norm), *opts))
+        Run(
+            rung,
+            seed,
+            config_file,
+            (*overrides(RUNGS[rung], args.norm, resnet_norm, conv_dim=channels), *opts),
+        )
         for seed in args.seeds
         for rung in args.rungs
     ]
@@ -224,6 +231,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         help="config overrides of all runs, and of --pretrain",
     )
     args = parser.parse_args(argv)
+    if args.pretrain and args.data not in FINE_TUNING_ON:
+        parser.error(f"--pretrain is for {' and '.join(FINE_TUNING_ON)}; others need a ResNet-18")
     # As an exception, so that the training runs are terminated as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     if args.quick:

@@ -37,6 +37,7 @@ _GROUP_TITLES = {
     "ladder": "The ladder",
     "alone": "Each part alone, compared with Mask R-CNN",
     "without": "Full PANet without one part, compared with full PANet",
+    "layers": "BPA and AFP, compared with BPA alone",
     "ideas": "BPA, AFP and FF together, compared with Mask R-CNN with the same norms",
     "fusion": "How and where levels are fused, compared with full PANet",
 }

@@ -70,9 +70,15 @@ GROUPS: Dict[str, Dict[str, Rung]] = {
         f"no_{part}": Rung(f"full PANet without {title}", _ALL - {part}, compared_with=_FULL)
         for part, title in PARTS.items()
     },
+    "layers": {"bpa_afp": Rung("BPA and AFP", _IDEAS - {"ff"}, compared_with="only_bpa")},
     # The paper's changes to the layers, without those to training and without the heavier box head.
     "ideas": {
         "ideas": Rung("BPA, AFP and FF", _IDEAS, compared_with="baseline"),
+        "heavy_ideas": Rung(
+            "BPA, AFP and FF, with the heavier box head",
+            _IDEAS | {"hhd"},
+            compared_with="only_hhd",
+        ),
         "normed_ideas": Rung(
             "BPA, AFP and FF, with norms", _IDEAS | {"norm"}, compared_with="only_norm"
         ),
@@ -99,6 +105,7 @@ def overrides(
     norm: str = "GN",
     resnet_norm: Optional[str] = None,
     scales: Sequence[int] = (192, 224, 256, 288, 320),
+    conv_dim: int = 64,
 ) -> List:
     """
     Args:
@@ -111,6 +118,7 @@ def overrides(
         scales (sequence[int]): shorter sides of the training images. "mst" draws one of them for
             each batch. Multiples of the neck's stride need no padding, which GroupNorm's
             statistics would include.
+        conv_dim (int): channels of the convs of the heavier box head.
 
     Returns:
         list: KEY VALUE KEY VALUE …, overrides for the config of a Mask R-CNN with a 2fc box head.
@@ -138,7 +146,7 @@ def overrides(
     opts["MODEL.ROI_BOX_HEAD.NUM_FC"] = fcs if convs else fcs - moved
     opts["MODEL.ROI_MASK_HEAD.NUM_CONV"] = 4 - moved
     if has("hhd"):
-        opts["MODEL.ROI_BOX_HEAD.CONV_DIM"] = 64
+        opts["MODEL.ROI_BOX_HEAD.CONV_DIM"] = conv_dim
     if has("afp"):
         opts["MODEL.ROI_HEADS.NAME"] = "PANetROIHeads"
         for key in _AFP_KEYS:

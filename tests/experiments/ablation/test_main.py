@@ -59,8 +59,25 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("data", ["granular", "facade"])
+def test_some_configs_name_their_resnet(data, tmp_path, monkeypatch, capsys):
+    command = ["--data", data, "--results", str(tmp_path), "--rungs", "heavy_ideas", "bpa_afp"]
+    with pytest.raises(SystemExit):
+        tool.main([*command, "--pretrain", "40"])
+    assert "--pretrain is for shapes and dsb2018" in capsys.readouterr().err
+    runs = []
+    monkeypatch.setattr(tool, "setup_config", partial(setup_config, needed=()))  # without the data
+    monkeypatch.setattr(tool, "run_all", lambda made, *_: runs.extend(made) or ["failed"])
+    assert cli.run(tool.main, [*command, "--seeds", "1"]) == 1
+    heavy, light = (setup_config(run.config_file, run.opts, needed=()) for run in runs)
+    assert heavy.MODEL.ROI_BOX_HEAD.CONV_DIM == heavy.MODEL.FPN.OUT_CHANNELS == 128
+    assert heavy.MODEL.ROI_MASK_HEAD.NAME == "PANetMaskHead"
+    assert light.MODEL.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead"
+    assert light.MODEL.ROI_MASK_HEAD.AFP.ENABLED and light.MODEL.RESNETS.NORM == "FrozenBN"
+
+
 @pytest.mark.parametrize("norm", ["BN", "GN"])
-@pytest.mark.parametrize("data", list(tool.BASELINES))
+@pytest.mark.parametrize("data", list(tool.FINE_TUNING_ON))
 def test_all_start_from_one_resnet(data, norm, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(tool, "setup_config", partial(setup_config, needed=()))  # without the data
