@@ -1,0 +1,151 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from pycocotools import mask as masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from experiments import photos
+from panet_d2 import cli
+
+SIDE = 100
+
+
+def rle(x, y, side):
+    bitmap = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    bitmap[y : y + side, x : x + side] = 1
+    encoded = masks.encode(bitmap)
+    return {**encoded, "counts": encoded["counts"].decode()}
+
+
+def dataset(names, copies=1):
+    """Each photo has two crops, with a square of 10 and two of 40 pixels. Two classes."""
+    data = {"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}], "images": []}
+    data["annotations"] = []
+    for photo in names:
+        for crop in (f"{photo}_left", f"{photo}_right"):
+            for copy in range(copies):
+                number = len(data["images"]) + 1
+                size = {"height": SIDE, "width": SIDE}
+                image = {"id": number, "file_name": f"{crop}_{copy}.jpg", "photo": photo}
+                data["images"].append({**image, **size, "crop": crop})
+                for x, y, side, category in ((0, 0, 10, 1), (20, 0, 40, 1), (20, 50, 40, 2)):
+                    annotation = {"id": len(data["annotations"]) + 1, "image_id": number}
+                    annotation.update(category_id=category, area=side * side, iscrowd=0)
+                    annotation.update(bbox=[x, y, side, side], segmentation=rle(x, y, side))
+                    data["annotations"].append(annotation)
+    return data
+
+
+def detections(data, smaller=0, photos=None):
+    """Each object of the photos, its mask some pixels smaller, with a score of its own."""
+    of_image = {image["id"]: image["photo"] for image in data["images"]}
+    found = []
+    for a in data["annotations"]:
+        if photos is None or of_image[a["image_id"]] in photos:
+            x, y, side, _ = a["bbox"]
+            found.append({"image_id": a["image_id"], "category_id": a["category_id"]})
+            found[-1].update(segmentation=rle(x, y, side - smaller), score=1 - a["id"] / 1000)
+    return found
+
+
+def test_folds_keep_photos_together():
+    data = dataset("abcdefgh", copies=3)
+    folds = photos.make_folds(data, 4)
+    validated = Counter()
+    for train, val in folds:
+        both = [{image["photo"] for image in part["images"]} for part in (train, val)]
+        assert not both[0] & both[1] and len(both[1]) == 2
+        assert len(train["images"]) == 6 * 2 * 3  # all copies are trained
+        assert {a["image_id"] for a in val["annotations"]} == {i["id"] for i in val["images"]}
+        validated.update(image["crop"] for image in val["images"])
+    assert set(validated.values()) == {1} and len(validated) == 16  # one copy of each crop
+
+
+def test_folds_have_about_the_same_number_of_objects():
+    data = dataset("abc")
+    extra = [
+        a for a in data["annotations"] if a["image_id"] <= 2
+    ]  # photo a has three times as many
+    data["annotations"] += [{**a, "id": 1000 + 10 * i + a["id"]} for i in range(2) for a in extra]
+    folds = photos.make_folds(data, 2)
+    assert sorted(len(val["annotations"]) for _, val in folds) == [12, 18]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_number_of_folds(number):
+    with pytest.raises(photos.DataError, match=f"2 photos cannot be split into {number} folds"):
+        photos.make_folds(dataset("ab"), number)
+
+
+def test_ap_is_that_of_coco():
+    data = dataset("abcd")
+    found = detections(data, smaller=1, photos="abc")
+    result = photos.compare(data, {"a": {1: found}, "b": {1: found}}, "a", 100, draws=20)
+    coco = COCO()
+    coco.dataset = data
+    coco.createIndex()
+    reference = COCOeval(coco, coco.loadRes(found), "segm")
+    reference.evaluate(), reference.accumulate(), reference.summarize()
+    model = result["models"]["a"]
+    assert model["seeds"][1] == pytest.approx(100 * reference.stats[0])
+    assert model["AP all"] == pytest.approx(100 * reference.stats[0])
+    assert model["AP75"] == pytest.approx(100 * reference.stats[2])
+    assert result["photos"] == 4 and result["images"] == 8
+    difference = result["differences"]["b"]
+    assert [difference[k] for k in ("mean", "low", "high")] == [0, 0, 0]  # drawn in pairs
+
+
+def test_sizes_are_relative_to_the_image():
+    """A square of 10 beside two of 40: a quarter of the usual side. Only it is found."""
+    data = dataset("abcd")
+    small = [d for d in detections(data) if masks.area(d["segmentation"]) == 100]
+    model = photos.compare(data, {"m": {1: small}}, "m", 100, draws=2)["models"]["m"]
+    assert model["AP smaller"] == pytest.approx(100)
+    assert model["AP similar"] == 0
+    assert np.isnan(model["AP larger"])  # there are none
+
+
+def test_interval_over_photos():
+    """Better in each photo: the interval is above zero. Better in one of eight: it is not."""
+    data = dataset("abcdefgh")
+    rough, exact = detections(data, smaller=4), detections(data)
+    better = {s: exact for s in (1, 2)}
+    one = [d for d in rough if d["image_id"] > 2] + [d for d in exact if d["image_id"] <= 2]
+    runs = {"base": {1: rough, 2: rough}, "all": better, "one": {1: one, 3: one}, "none": {1: []}}
+    result = photos.compare(data, runs, "base", 100, draws=60)["differences"]
+    assert result["all"]["low"] > 5 and result["all"]["seeds"] == [1, 2]
+    assert result["one"]["seeds"] == [1] and result["one"]["high"] > result["one"]["mean"] > 0
+    assert result["one"]["low"] == 0  # some draws miss the photo
+    assert result["none"]["high"] < 0
+
+
+def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/stones/annotations"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    command = ["--dataset", "stones", "--number", "2"]
+    assert cli.run(photos.main, ["folds", *command]) == 1
+    assert "instances_train.json does not exist" in capsys.readouterr().err
+    (folder / "instances_train.json").write_text(json.dumps(dataset("abc")))
+    (folder / "instances_val.json").write_text(json.dumps(dataset("d")))
+    assert cli.run(photos.main, ["folds", *command]) == 0
+    assert "fold2_val.json: 4 images of photos" in capsys.readouterr().out
+    compare = ["compare", *command, "--models", "base", "ours", "--seeds", "1", "--draws", "5"]
+    compare += ["--output", "out/result.json"]
+    assert cli.run(photos.main, compare) == 1
+    assert "train base with seed 1 first" in capsys.readouterr().err
+    for fold in (1, 2):
+        val = json.loads((tmp_path / f"output/folds/stones/fold{fold}_val.json").read_text())
+        assert {image["file_name"].split("/")[0] for image in val["images"]} <= {"train", "val"}
+        for model, smaller in (("base", 4), ("ours", 0)):
+            run = tmp_path / f"output/ablation/stones_fold{fold}/{model}_seed1/inference"
+            run.mkdir(parents=True)
+            (run / "coco_instances_results.json").write_text(json.dumps(detections(val, smaller)))
+    assert cli.run(photos.main, compare) == 0
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["models"]["ours"]["AP90"] == pytest.approx(100)
+    assert result["differences"]["ours"]["low"] > 0 and "ours: +" in capsys.readouterr().out
