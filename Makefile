@@ -2,6 +2,9 @@
 # make test      set up, then run the linters and the test suite
 # make test-all  the same, with the tests that take minutes each: faults, fuzzing, load, export
 # make test-gpu  set up, then run the tests that need a CUDA device; fails where there is none
+# make test-downstream
+#                set up another environment, with SAHI, supervision, layoutparser and grad-cam,
+#                and test with them
 # make setup     only set up: .venv with everything in it
 # make lint      only the linters: ruff, codespell and mypy
 # make clean     remove .venv and what the demo wrote
@@ -21,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test test-all test-gpu setup lint clean FORCE
+.PHONY: demo test test-all test-gpu test-downstream setup lint clean FORCE
 
 setup: $(STAMP)
 
@@ -72,6 +75,13 @@ test-all: lint
 test-gpu: $(STAMP)
 	@$(BIN)/python -W ignore -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a CUDA device, and torch " + torch.__version__ + " finds none.")'
 	$(BIN)/python -m pytest -n 4 -m cuda
+
+# In an environment of its own, because these programs install another OpenCV over ours.
+test-downstream:
+	$(MAKE) setup VENV=$(VENV)/downstream
+	$(VENV)/downstream/bin/python -m pip --disable-pip-version-check install -q \
+		-c requirements/constraints.txt -r requirements/downstream.txt
+	$(VENV)/downstream/bin/python -m pytest -n0 tests/downstream
 
 # glibc gives large blocks back to the system at once, and every training step asks for them again;
 # keeping them makes a step on the CPU a sixth faster.

@@ -17,14 +17,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import cv2
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager, rcParams
 from PIL import Image
 from tqdm import tqdm
@@ -34,6 +31,9 @@ from panet_d2.checkpoint import atomic_open
 from panet_d2.data.image_file import read_image_file
 from panet_d2.engine import Predictor, setup_config
 from panet_d2.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import cv2  # imported where it is used, because a server may not have it
 
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 # Codecs for each kind of video, best first: which of them work depends on the build of OpenCV.
@@ -134,11 +134,17 @@ class Model:
                 if key in known:
                     known[key] = drawable(known[key], ids or range(len(known[key])))
         self.metadata = Metadata(**known)
-        # From frame to frame, an object keeps its color.
-        self.video = None if args.input else VideoVisualizer(self.metadata)
+        self.video: Any = None
+        if args.video_input or args.webcam is not None:
+            from detectron2.utils.video_visualizer import VideoVisualizer  # imports cv2
+
+            # From frame to frame, an object keeps its color.
+            self.video = VideoVisualizer(self.metadata)
 
     def draw(self, image: np.ndarray, outputs: Dict[str, Any]) -> np.ndarray:
         """Return a BGR picture of a BGR image and the model's output for it."""
+        from detectron2.utils.visualizer import Visualizer  # imports cv2
+
         method, arguments = "draw_instance_predictions", [outputs["instances"].to("cpu")]
         if "panoptic_seg" in outputs:
             segments, info = outputs["panoptic_seg"]
@@ -203,6 +209,8 @@ def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Tuple[int, str
 
 def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
     """Begin a video of pictures of this size; raise DataError if no codec can."""
+    import cv2
+
     codecs = VIDEOS[Path(file).suffix.lower()]
     for codec in codecs:
         writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*codec), fps, picture.shape[1::-1])
@@ -250,6 +258,8 @@ def check_display() -> None:
 
 def show(picture: np.ndarray, delay: int) -> bool:
     """Show a BGR picture for some ms, 0 for until a key is pressed; return whether to go on."""
+    import cv2
+
     cv2.imshow(WINDOW, picture)
     while True:
         key = cv2.waitKey(delay or 50) & NO_KEY
@@ -266,6 +276,8 @@ def predict(args: argparse.Namespace) -> int:
         names, failed = find_images(args.input)
         items, total, endings = read_images(names, failed), len(names), IMAGES
     else:
+        import cv2
+
         names = [args.video_input or f"webcam-{args.webcam}"]
         capture = cv2.VideoCapture(args.video_input or args.webcam)
         if not capture.isOpened():
@@ -280,7 +292,8 @@ def predict(args: argparse.Namespace) -> int:
     make_way(to_write, keep=[*names, args.config_file])
     if not to_write:
         check_display()
-    model, writer, results = Model(args), cv2.VideoWriter(), []
+    model, results = Model(args), []
+    writer: Optional[cv2.VideoWriter] = None
     try:
         for image_id, name, image in tqdm(items, total=total or None, disable=not to_write):
             try:
@@ -296,7 +309,7 @@ def predict(args: argparse.Namespace) -> int:
                 picture.save(files[name], quality=95)
             elif args.output:
                 picture = model.draw(image, outputs)
-                writer = writer if writer.isOpened() else open_writer(files[name], fps, picture)
+                writer = writer or open_writer(files[name], fps, picture)
                 writer.write(picture)
             elif not args.json and not show(model.draw(image, outputs), 0 if args.input else 1):
                 break
@@ -306,7 +319,8 @@ def predict(args: argparse.Namespace) -> int:
         if args.webcam is None:
             raise
     finally:
-        writer.release()
+        if writer:
+            writer.release()
     if args.json and len(failed) < given:
         with atomic_open(args.json) as f:
             json.dump(results, f)

@@ -12,6 +12,14 @@ from .errors import PanetError
 FAILED = 1  # argparse ends with 2
 INTERRUPTED = 130  # a shell's status for a program that Ctrl-C ends
 
+# Packages that most uses do not need.
+_MISSING = {
+    "cv2": "OpenCV is not installed: pip install opencv-python, or opencv-python-headless on a "
+    "server.",
+    "pkg_resources": "Detectron2's model zoo needs the package pkg_resources: "
+    "pip install 'setuptools<81'.",
+}
+
 
 def run(
     main: Callable[..., Optional[int]],
@@ -19,8 +27,9 @@ def run(
     errors: Tuple[Type[Exception], ...] = (PanetError, OSError),
 ) -> int:
     """
-    Run a command-line tool. An error that the user can fix becomes one sentence on stderr, or a
-    traceback if the environment variable ``PANET_D2_DEBUG`` is 1. Others keep their traceback.
+    Run a command-line tool. An error that the user can fix, also a missing package of a few,
+    becomes one sentence on stderr, or a traceback if the environment variable ``PANET_D2_DEBUG`` is
+    1. Others keep their traceback.
 
     Args:
         main (callable): the tool. It returns an exit status, or None for 0.
@@ -34,12 +43,18 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    handled: Tuple[Type[Exception], ...] = (*errors, ModuleNotFoundError)
     try:
         return main(*args) or 0
-    except errors as e:
+    except handled as e:
+        message = str(e)
+        if isinstance(e, ModuleNotFoundError):
+            message = _MISSING.get(e.name or "", "")
+            if not message:
+                raise
         if os.environ.get("PANET_D2_DEBUG") == "1":
             raise
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        print("error:", " ".join(message.split()), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

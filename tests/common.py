@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict
@@ -32,6 +33,15 @@ def load_script(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def child_env(*paths: Path | str, **env: str) -> Dict[str, str]:
+    """
+    The environment of a Python process that a test starts. It imports from ``paths``, by default
+    the repository, and then from where this process does.
+    """
+    path = [*map(str, paths or [ROOT]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **env}
 
 
 def tiny_cfg(*opts) -> CfgNode:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 
 import pytest
 
@@ -48,6 +50,20 @@ def test_the_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("PANET_D2_DEBUG", "1")
     with pytest.raises(ConfigError):
         cli.run(raising(ConfigError("x")))
+
+
+@pytest.mark.parametrize(
+    "name, words", [("cv2", "opencv-python-headless"), ("pkg_resources", "'setuptools<81'")]
+)
+def test_optional_packages(name, words, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert cli.run(lambda: importlib.import_module(name)) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_package_of_the_user_is_not_ours():
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(lambda: importlib.import_module("package_of_nobody"))
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, AssertionError])

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from panet_d2.config import read_choice
 from panet_d2.engine import setup_config
 from panet_d2.errors import ConfigError
 
-from .common import ROOT, leaves, tiny_cfg
+from .common import child_env, leaves, tiny_cfg
 
 
 def test_only_adds():
@@ -64,7 +63,7 @@ def test_importing_the_package_registers_everything():
         "ROI_BOX_HEAD_REGISTRY.get('FastRCNNConvFCNormHead')\n"
         "ROI_MASK_HEAD_REGISTRY.get('PANetMaskHead')\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=child_env())
 
 
 def test_only_what_is_missing_is_added():
@@ -111,11 +110,10 @@ if __name__ == "__main__":
 def test_programs_that_make_the_config_themselves(first, variable, tmp_path):
     (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
     (tmp_path / "program.py").write_text(PROGRAM.format(first=first))
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     printed = subprocess.run(
         [sys.executable, "-W", "ignore", "program.py", "config.yaml"],
         cwd=tmp_path,
-        env={**os.environ, "DETECTRON2_ENV_MODULE": variable, "PYTHONPATH": path},
+        env=child_env(DETECTRON2_ENV_MODULE=variable),
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """Runs that are killed at any moment. Minutes each, so only with -m slow."""
 
-import os
 import random
 import shutil
 import signal
@@ -13,7 +12,7 @@ import torch
 
 from panet_d2.engine import latest_checkpoint
 
-from .common import ROOT, tiny_cfg, write_coco
+from .common import ROOT, child_env, tiny_cfg, write_coco
 
 KILLS = 20
 STEPS = 60
@@ -41,8 +40,8 @@ def command(tmp_path):
 
 
 def start(command, output, log):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(output)], cwd=ROOT, env=env, stdout=log, stderr=log)
+    command = [*command, str(output)]
+    return subprocess.Popen(command, cwd=ROOT, env=child_env(), stdout=log, stderr=log)
 
 
 def weights(output):

@@ -18,7 +18,7 @@ from panet_d2.data.register import find_coco_files
 from panet_d2.engine import launch
 from panet_d2.layers import multilevel_roi_align
 
-from .common import ROOT
+from .common import child_env
 
 UNUSED = {"machine_rank": 0, "dist_url": ""}
 
@@ -121,7 +121,7 @@ def test_every_variable_that_is_read_is_listed(monkeypatch, tmp_path):
 def test_command():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "panet_d2.info", "--json"],
-        cwd=ROOT,
+        env=child_env(),
         capture_output=True,
         text=True,
     )

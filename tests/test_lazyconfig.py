@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from detectron2.modeling import build_model
 
 from panet_d2 import cli, model_zoo
 
-from .common import ROOT, load_script, write_coco
+from .common import ROOT, child_env, load_script, write_coco
 
 tool = load_script("tools/lazyconfig_train_net.py")
 
@@ -157,7 +156,7 @@ def test_two_processes(folder):
     options = ["--config-file", str(folder / "tiny.py"), f"train.output_dir={run}"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_env(),
         capture_output=True,
         text=True,
         timeout=600,

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from panet_d2 import PAFPN, PANetMaskHead, PANetROIHeads, model_zoo
 
-from .common import ROOT
+from .common import ROOT, child_env
 
 SMALL = "Shapes/panet_R_18_FPN_gn.yaml"  # names no weights
 FULL = "COCO-InstanceSegmentation/panet_R_50_FPN_1x"
@@ -122,5 +122,7 @@ def test_pkg_resources_is_not_needed():
         "import sys; sys.modules['pkg_resources'] = None\n"
         f"from panet_d2 import model_zoo; model_zoo.get_config({SMALL!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_env(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

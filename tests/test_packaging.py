@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import configparser
-import os
 import re
 import shutil
 import subprocess
 import sys
 
+import detectron2
 import pytest
 import yaml
 
 import panet_d2
 
-from .common import ROOT
+from .common import ROOT, child_env
 
 CONFIGS = sorted(
     str(f.relative_to(ROOT / "configs"))
@@ -33,9 +33,11 @@ SCRIPTS = {
 
 USE = """
 from pathlib import Path
+import detectron2
 import panet_d2
 from panet_d2 import model_zoo
 
+assert detectron2.__file__ == {detectron2!r}, detectron2.__file__
 names = {names!r}
 inside = Path(panet_d2.__file__).parent / "model_zoo/configs"
 assert str(inside).startswith({root!r}), inside
@@ -49,11 +51,12 @@ print(type(model.roi_heads).__name__)
 """
 
 
-def run(*command, cwd, **env):
+def run(*command, cwd, path):
+    """What a Python prints that imports from ``path``."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env=child_env(path),
         capture_output=True,
         text=True,
     )
@@ -65,7 +68,7 @@ def setuptools(hook, target, cwd):
     """Build as pip does: without a network, and where torch and Detectron2 cannot be imported."""
     block = "import sys; sys.modules['torch'] = sys.modules['detectron2'] = None"
     build = f"from setuptools import build_meta; build_meta.{hook}({str(target)!r})"
-    run("-c", f"{block}; {build}", cwd=cwd)
+    run("-c", f"{block}; {build}", cwd=cwd, path=cwd)
 
 
 def files_in(folder):
@@ -144,8 +147,8 @@ def test_wheel_has_every_config(installed):
 
 
 def test_model_zoo_reads_what_is_installed(installed, tmp_path):
-    use = USE.format(names=CONFIGS, root=str(installed))
-    printed = run("-c", use, cwd=tmp_path, PYTHONPATH=str(installed))
+    use = USE.format(names=CONFIGS, root=str(installed), detectron2=detectron2.__file__)
+    printed = run("-c", use, cwd=tmp_path, path=installed)
     assert printed.strip().splitlines()[-1] == "PANetROIHeads"
 
 
@@ -165,7 +168,7 @@ def test_console_scripts(installed, metadata, tmp_path):
     for script in SCRIPTS.values():
         module, function = script.split(":")
         command = f"import {module} as m; m.{function}(['--help'])"
-        assert "usage:" in run("-c", command, cwd=tmp_path, PYTHONPATH=str(installed))
+        assert "usage:" in run("-c", command, cwd=tmp_path, path=installed)
 
 
 def test_pre_commit_runs_the_pinned_versions():

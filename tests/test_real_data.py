@@ -14,7 +14,8 @@ from detectron2.modeling import build_model
 
 from panet_d2.engine import setup_config
 
-ROOT = Path(__file__).resolve().parents[1]
+from .common import ROOT, child_env
+
 DATASETS = Path(os.environ.get("DETECTRON2_DATASETS") or ROOT.parent / "shared" / "datasets")
 
 
@@ -31,7 +32,7 @@ def train_net(*args: str) -> list:
     done = subprocess.run(
         [sys.executable, "train_net.py", *args, "MODEL.DEVICE", "cpu"],
         cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(DATASETS), "OMP_NUM_THREADS": "1"},
+        env=child_env(DETECTRON2_DATASETS=str(DATASETS)),
         capture_output=True,
         text=True,
         timeout=900,

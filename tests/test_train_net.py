@@ -1,7 +1,6 @@
 """The command line, as a user runs it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .common import tiny_cfg, write_coco
-
-ROOT = Path(__file__).resolve().parents[1]
+from .common import ROOT, child_env, tiny_cfg, write_coco
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def train_net(folder, *args):
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_env(),
         capture_output=True,
         text=True,
         timeout=600,

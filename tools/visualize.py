@@ -10,13 +10,13 @@ import sys
 from math import ceil
 from typing import List, Optional, Tuple
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -46,8 +46,7 @@ RESULTS = "coco_instances_results.json"  # the file name of Detectron2's evaluat
 
 def write_png(path: str, image: np.ndarray) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not cv2.imwrite(path, image[:, :, ::-1]):
-        raise DataError(f"cannot write {path}")
+    Image.fromarray(image).save(path)
 
 
 def predictions(args: argparse.Namespace) -> None:

@@ -14,10 +14,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from ..categories import forget_names, read_categories, resolve_categories
 from ..config import read_choice
 from ..errors import ConfigError, DataError
 from ..modeling.check_model import num_classes_node
-from .categories import forget_names, read_categories, resolve_categories
 from .check import (
     check_annotations,
     check_sizes,

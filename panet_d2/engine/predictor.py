@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 from ..build import build
+from ..categories import as_categories, model_metadata, read_categories, resolve_categories
 from ..checkpoint.strict_checkpoint import join_names
 from ..data.augmentation import leaves_nothing
-from ..data.categories import as_categories, model_metadata, read_categories, resolve_categories
 from ..errors import DataError
 from .defaults import load_strict
 

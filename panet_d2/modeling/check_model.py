@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from torch import nn
 
+from ..categories import name_datasets
 from ..errors import ConfigError
 
 # A mixin that derived from Module would come after it in the order of methods.
@@ -58,13 +59,14 @@ def num_classes_node(cfg: CfgNode) -> Optional[str]:
 def check_model(cfg: CfgNode) -> None:
     """
     Check the config of a model that is being built, and note the keys that only
-    :class:`panet_d2.engine.Trainer` reads, see :class:`TrainingNotice`.
+    :class:`panet_d2.engine.Trainer` reads, see :class:`TrainingNotice`. Other programs take the
+    names of the classes from the datasets' metadata, so give it those of ``DATASETS.CATEGORIES``.
 
     Args:
         cfg (CfgNode): any Detectron2 config.
 
     Raises:
-        ConfigError: if the number of classes is 0.
+        ConfigError: if the number of classes is 0, or ``DATASETS.CATEGORIES`` cannot be used.
     """
     node = num_classes_node(cfg)
     if node and cfg.MODEL[node].NUM_CLASSES == 0:
@@ -73,6 +75,8 @@ def check_model(cfg: CfgNode) -> None:
             "panet_d2.data.setup_datasets(cfg), which takes the number from the datasets, before "
             "the model is built."
         )
+    if node:
+        name_datasets(cfg, cfg.MODEL[node].NUM_CLASSES)
     _unread.clear()
     for key, nothing in _TRAINER_KEYS.items():
         group, name = key.split(".")

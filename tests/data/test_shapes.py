@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from panet_d2.data.datasets import shapes
 from panet_d2.errors import DataError
 
-from ..common import ROOT
+from ..common import child_env
 
 
 @pytest.fixture(scope="module")
@@ -347,4 +347,4 @@ for name in names:
 import panet_d2
 assert [DatasetCatalog.get(name) for name in names] == [[name] for name in names]
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=child_env())

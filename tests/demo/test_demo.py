@@ -521,7 +521,7 @@ def test_webcam_ends_with_interrupt(model, video, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return True, frames.pop(0)
 
-    monkeypatch.setattr(demo.cv2, "VideoCapture", Webcam)
+    monkeypatch.setattr(cv2, "VideoCapture", Webcam)
     argv = [*model, "--webcam", "--output", str(tmp_path / "out.avi")]
     assert cli.run(demo.main, [*argv, "--json", str(tmp_path / "r.json")]) == 0
     monkeypatch.undo()
@@ -538,9 +538,9 @@ def test_webcam_ends_with_interrupt(model, video, tmp_path, monkeypatch):
 def test_window(model, images, monkeypatch, keys, shown):
     pictures = []
     monkeypatch.setattr(demo, "check_display", lambda: None)
-    monkeypatch.setattr(demo.cv2, "imshow", lambda _, picture: pictures.append(picture))
-    monkeypatch.setattr(demo.cv2, "waitKey", lambda _: keys.pop(0))
-    monkeypatch.setattr(demo.cv2, "getWindowProperty", lambda *_: 1.0)
+    monkeypatch.setattr(cv2, "imshow", lambda _, picture: pictures.append(picture))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: keys.pop(0))
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1.0)
     assert cli.run(demo.main, [*model, "--input", str(images)]) == 0
     assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * shown
 

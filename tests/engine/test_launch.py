@@ -17,18 +17,17 @@ from detectron2.engine import default_argument_parser
 from panet_d2.engine import launch
 from panet_d2.errors import ConfigError
 
-from ..common import ROOT, tiny_cfg, write_coco
+from ..common import ROOT, child_env, tiny_cfg, write_coco
 
 WORKERS = "tests.engine.workers"
 
 
-def start(*command, **env):
+def start(*command):
     log = tempfile.TemporaryFile("w+")  # a pipe would be full before anyone reads it
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **env},
+        env=child_env(),
         stdout=log,
         stderr=log,
         start_new_session=True,

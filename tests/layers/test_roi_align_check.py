@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from panet_d2.errors import ConfigError
 from panet_d2.layers import multilevel_roi_align
 from panet_d2.layers import roi_align_check as check
 
-from ..common import batch, needs_cuda, tiny_cfg
+from ..common import batch, child_env, needs_cuda, tiny_cfg
 
 pytest.importorskip("triton", "3.3")
 kernels = import_module("panet_d2.layers.roi_align_triton")
@@ -214,7 +213,7 @@ for dtype in DTYPES:
 @needs_cuda
 def test_takes_three_seconds_at_most(tmp_path):
     """Where nothing has been compiled before."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = child_env(TRITON_CACHE_DIR=str(tmp_path))
     subprocess.run([sys.executable, "-W", "ignore", "-c", TIMED], env=environment, check=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from panet_d2.layers import multilevel_roi_align
 from panet_d2.layers.multilevel_roi_align import multilevel_roi_align_reference
 
-from ..common import needs_cuda
+from ..common import child_env, needs_cuda
 
 pytest.importorskip("triton", "3.3")
 kernels = import_module("panet_d2.layers.roi_align_triton")
@@ -196,7 +196,8 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_war
 )
 def test_compiles(kernel, dtype, fuse):
     """For sm_90, which takes no GPU; the interpreter lets pass what the compiler does not."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = child_env()
+    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, kernel, dtype, str(fuse)],
         capture_output=True,

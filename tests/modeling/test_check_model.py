@@ -3,8 +3,10 @@
 import logging
 
 import pytest
+import torch
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
@@ -137,3 +139,30 @@ def test_add_panet_config_forgotten(opts):
         build_model(cfg)
     add_panet_config(cfg)
     build_model(cfg)
+
+
+@pytest.mark.parametrize("opts", [(), STOCK])
+def test_names_for_other_programs(opts, tmp_path):
+    """Where the dataset is not at hand; a program that has other names keeps them."""
+    cfg = tiny_cfg(*opts, "DATASETS.TRAIN", ["gone"], "DATASETS.TEST", ["own"])
+    cfg.DATASETS.CATEGORIES = [[7, "a"], [9, "b"], [1, "c"]]
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    torch.save({"model": {}}, cfg.MODEL.WEIGHTS)
+    MetadataCatalog.get("own").thing_classes = ["x", "y", "z"]
+    try:
+        assert DefaultPredictor(cfg).metadata.thing_classes == ["x", "y", "z"]
+        metadata = MetadataCatalog.get("gone")
+        assert metadata.thing_classes == ["a", "b", "c"]
+        assert metadata.thing_dataset_id_to_contiguous_id == {7: 0, 9: 1, 1: 2}
+        build_model(tiny_cfg(*opts, "DATASETS.TRAIN", ["gone"]))
+        assert not MetadataCatalog.get("gone").get("thing_classes")
+    finally:
+        MetadataCatalog.remove("own")
+        MetadataCatalog.remove("gone")
+
+
+def test_names_for_another_number_of_classes():
+    cfg = tiny_cfg("DATASETS.TRAIN", ["gone"])
+    cfg.DATASETS.CATEGORIES = [[7, "a"], [9, "b"]]
+    build_model(cfg)
+    assert not MetadataCatalog.get("gone").get("thing_classes")

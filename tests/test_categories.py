@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from panet_d2.categories import dataset_categories, read_categories
 from panet_d2.data import setup_datasets
-from panet_d2.data.categories import dataset_categories, read_categories
 from panet_d2.errors import ConfigError
 
-from ..common import tiny_cfg, write_coco
+from .common import tiny_cfg, write_coco
 
 NAMES = [[1, "class0"], [2, "class1"], [3, "class2"]]
 

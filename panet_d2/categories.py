@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any, List, Optional, Set, Tuple
+from typing import Any, Iterable, List, Optional, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 Categories = List[Tuple[int, str]]  # (dataset's id, name) of each class, in the model's order
 
@@ -88,8 +88,27 @@ def resolve_categories(cfg: CfgNode) -> None:
                 f"DATASETS.CATEGORIES has {len(kept)} classes, and dataset {name!r} "
                 f"{len(known[name])}; set the key to [] to take the classes from the data."
             )
-        kept = known[name]
-        cfg.DATASETS.CATEGORIES = [list(category) for category in kept]
+        cfg.DATASETS.CATEGORIES = [list(category) for category in known[name]]
+    name_datasets(cfg)
+
+
+def name_datasets(cfg: CfgNode, num_classes: Optional[int] = None) -> None:
+    """
+    Give the metadata of the datasets in ``DATASETS.TEST`` and ``TRAIN`` the names and ids of
+    ``DATASETS.CATEGORIES``, except where the dataset is registered or has names.
+
+    Args:
+        cfg (CfgNode): any Detectron2 config.
+        num_classes (int or None): of the model. If the key has another number, there are no names.
+
+    Raises:
+        ConfigError: if the key is not a list of (id, name).
+    """
+    kept = read_categories(cfg)
+    if num_classes not in (None, len(kept)):
+        kept = []
+    names = {*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN}
+    forget_names(names)
     for name in names:
         if (
             kept
@@ -100,8 +119,8 @@ def resolve_categories(cfg: CfgNode) -> None:
             _from_config.add(name)
 
 
-def forget_names(names: List[str]) -> None:
-    """Drop the metadata of these datasets that :func:`resolve_categories` took from a config."""
+def forget_names(names: Iterable[str]) -> None:
+    """Drop the metadata of these datasets that :func:`name_datasets` took from a config."""
     for name in _from_config.intersection(names):
         _from_config.remove(name)
         if name not in DatasetCatalog:  # else somebody has registered it since
