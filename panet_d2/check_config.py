@@ -191,6 +191,12 @@ _RULES: Dict[str, Rule] = {
     "TEST.AUG.MIN_SIZES": _filled(_list(_SIZE)),
     "TEST.AUG.MAX_SIZE": _SIZE,
     "TEST.PRECISE_BN.NUM_ITER": _SIZE,
+    "TEST.SOFT_NMS.METHOD": _choice("linear", "gaussian"),
+    "TEST.SOFT_NMS.SIGMA": _POSITIVE,
+    "TEST.SOFT_NMS.SCORE_THRESH": _SHARE,
+    "TEST.BOX_VOTING.THRESH": _SHARE,
+    "TEST.BOX_VOTING.SCORES": _choice("id", "avg", "temp_avg"),
+    "TEST.BOX_VOTING.TEMPERATURE": _POSITIVE,
     "SEED": _whole(-1),
     "VIS_PERIOD": _COUNT,
 }

@@ -78,7 +78,7 @@ _RENAMED = (
 
 def _panet_config() -> CN:
     """All keys of this package."""
-    _C = CN({node: {} for node in ("MODEL", "INPUT", "DATASETS", "SOLVER")})
+    _C = CN({node: {} for node in ("MODEL", "INPUT", "DATASETS", "SOLVER", "TEST")})
     for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"):
         _C.MODEL[head] = CN()
 
@@ -156,6 +156,30 @@ def _panet_config() -> CN:
     # most units of the fc layer stay zero (experiments/results/ablation/README.md). Read by
     # panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
+
+    # ---------------------------------------------------------------------------------------- #
+    # Suppression of duplicates at inference (docs/inference.md). Read by PANetROIHeads and
+    # PANetCascadeROIHeads, with AFP or without.
+    # ---------------------------------------------------------------------------------------- #
+    _C.TEST.SOFT_NMS = CN()
+    # Instead of deleting the boxes that overlap a better box of their class, lower their scores.
+    _C.TEST.SOFT_NMS.ENABLED = False
+    # The factor of these scores: "linear", 1 - IoU above MODEL.ROI_HEADS.NMS_THRESH_TEST; or
+    # "gaussian", exp(-IoU^2 / SIGMA) for any IoU.
+    _C.TEST.SOFT_NMS.METHOD = "linear"
+    _C.TEST.SOFT_NMS.SIGMA = 0.5
+    # Delete boxes whose lowered score is not above this.
+    _C.TEST.SOFT_NMS.SCORE_THRESH = 0.001
+    _C.TEST.BOX_VOTING = CN()
+    # Replace each detection by the mean of the boxes of its class that overlap it, weighted by
+    # their scores.
+    _C.TEST.BOX_VOTING.ENABLED = False
+    # Boxes vote from this IoU on.
+    _C.TEST.BOX_VOTING.THRESH = 0.8
+    # The new score: "id", as it was; "avg", the mean of the scores of the boxes that vote; or
+    # "temp_avg", this mean after the log-odds of each score were divided by TEMPERATURE.
+    _C.TEST.BOX_VOTING.SCORES = "id"
+    _C.TEST.BOX_VOTING.TEMPERATURE = 1.0
     return _C
 
 

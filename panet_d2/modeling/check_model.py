@@ -48,6 +48,12 @@ def heads_that_ask_for_afp(cfg: CfgNode) -> List[str]:
     return [key for key in keys if cfg.MODEL[key].get("AFP", {}).get("ENABLED") is True]
 
 
+def suppression_keys(cfg: CfgNode) -> List[str]:
+    """Return the keys, such as "TEST.SOFT_NMS.ENABLED", that ask for more than NMS."""
+    nodes = ("SOFT_NMS", "BOX_VOTING")
+    return [f"TEST.{n}.ENABLED" for n in nodes if cfg.TEST.get(n, {}).get("ENABLED") is True]
+
+
 def num_classes_node(cfg: CfgNode) -> Optional[str]:
     """Return the node of ``MODEL`` with the number of classes, if the architecture is known."""
     if is_architecture(cfg, GeneralizedRCNN):
@@ -102,3 +108,19 @@ class TrainingNotice(_Module):
             )
         _unread.clear()
         return super().train(mode)
+
+
+_stock_retinanet_from_config = RetinaNet.from_config.__func__
+
+
+def _retinanet_from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
+    for key in suppression_keys(cfg):
+        raise ConfigError(
+            f"{key} is True; MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has only NMS, "
+            "so it must be False."
+        )
+    return _stock_retinanet_from_config(cls, cfg, *args)
+
+
+# As with the ROI heads, nothing else of this package sees the config of a stock RetinaNet.
+RetinaNet.from_config = classmethod(_retinanet_from_config)
