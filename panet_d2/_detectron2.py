@@ -6,7 +6,17 @@ All were seen in Detectron2 0.6: its main branch of August 2024 and of June 2026
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -22,6 +32,7 @@ from detectron2.data.build import _train_loader_from_config as train_loader_from
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 
 # For type checkers, the mixins below derive from what they are mixed into.
@@ -151,3 +162,35 @@ class HeadHooks(_ROIHeads):
         *targets: Optional[List[Instances]],
     ) -> Any:
         return self.forward_box(features, proposals, *targets)
+
+
+class TTAHooks(GeneralizedRCNNWithTTA):
+    """Test-time augmentation whose steps have names and can be overridden."""
+
+    def infer_image(self, image: dict) -> dict:
+        """Return the output for one image."""
+        return super()._inference_one_image(image)
+
+    def batch_inference(
+        self, inputs: List[dict], instances: Optional[List[Instances]] = None
+    ) -> List[Instances]:
+        """Run the model on some views, without postprocessing; on given boxes if there are."""
+        return super()._batch_inference(inputs, instances)
+
+    def into_views(
+        self, inputs: List[dict], found: Instances, transforms: List[TransformList]
+    ) -> List[Instances]:
+        """Return the detections with the boxes that they have in each view."""
+        return super()._rescale_detected_boxes(inputs, found, transforms)
+
+    def without_heads(self, switches: List[str]) -> ContextManager[None]:
+        """Turn heads off by the names of their switches in the model's ROI heads."""
+        return super()._turn_off_roi_heads(switches)
+
+    def _inference_one_image(self, input: dict) -> dict:
+        return self.infer_image(input)
+
+    def _batch_inference(
+        self, batched_inputs: List[dict], detected_instances: Optional[List[Instances]] = None
+    ) -> List[Instances]:
+        return self.batch_inference(batched_inputs, detected_instances)

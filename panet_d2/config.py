@@ -180,6 +180,29 @@ def _panet_config() -> CN:
     # "temp_avg", this mean after the log-odds of each score were divided by TEMPERATURE.
     _C.TEST.BOX_VOTING.SCORES = "id"
     _C.TEST.BOX_VOTING.TEMPERATURE = 1.0
+
+    # ---------------------------------------------------------------------------------------- #
+    # Test-time augmentation, beside Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE and FLIP
+    # (docs/inference.md). Read by train_net.py, the demo and panet_d2.engine.Predictor.
+    # ---------------------------------------------------------------------------------------- #
+    _C.TEST.AUG = CN()
+    # Flip vertically, too. Every combination of flips, rotations, aspect ratios and sizes is a view
+    # of the image, each once.
+    _C.TEST.AUG.VFLIP = False
+    # Rotate counterclockwise by each of these angles: 90, 180, 270.
+    _C.TEST.AUG.ROTATIONS = ()
+    # Multiply the width by each of these, beside 1. MIN_SIZES is for the result.
+    _C.TEST.AUG.ASPECT_RATIOS = ()
+    # (LOW, HIGH): take boxes smaller than LOW only from the larger half of MIN_SIZES, and boxes
+    # larger than HIGH only from the smaller half. The size of a box is the square root of its area
+    # in pixels of the image file. An odd number of MIN_SIZES has its middle in both halves.
+    _C.TEST.AUG.BOX_SIZES = ()
+    # How boxes of all views are merged: "nms" as for one image, with TEST.SOFT_NMS and
+    # TEST.BOX_VOTING if they are enabled; or "wbf", weighted boxes fusion with the IoU of
+    # MODEL.ROI_HEADS.NMS_THRESH_TEST, which needs the package ensemble-boxes.
+    _C.TEST.AUG.MERGE = "nms"
+    # What masks are averaged as: "probabilities" or "logits".
+    _C.TEST.AUG.MASKS = "probabilities"
     return _C
 
 

@@ -7,18 +7,29 @@ from .roi_heads import (
     PANetCascadeROIHeads,
     PANetMaskHead,
     PANetROIHeads,
+    Suppression,
+    SuppressionMixin,
+    set_suppression,
 )
+from .test_time_augmentation import MapperTTA, RCNNWithTTA, Rotate90Transform, check_test_aug
 
 __all__ = [
     "AdaptivePoolingMixin",
     "AdaptiveROIPooler",
     "FCFusionBranch",
     "FastRCNNConvFCNormHead",
+    "MapperTTA",
     "PAFPN",
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "RCNNWithTTA",
+    "Rotate90Transform",
+    "Suppression",
+    "SuppressionMixin",
     "adaptive_poolers",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",
+    "check_test_aug",
+    "set_suppression",
 ]
