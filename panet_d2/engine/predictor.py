@@ -70,6 +70,7 @@ class Predictor(DefaultPredictor):
         bare = cfg.clone()
         bare.defrost()
         bare.MODEL.WEIGHTS = ""
+        bare.TEST.AUG.ENABLED = False  # nothing to warn of: it is done here
         self.channels = len(cfg.MODEL.PIXEL_MEAN)
         if self.channels != 3 or bare.INPUT.FORMAT != "RGB":
             bare.INPUT.FORMAT = "BGR"  # the parent knows no others

@@ -26,8 +26,10 @@ _TRAINER_KEYS = {
     "DATASETS.CHECK_IMAGES": True,
 }
 
-# Those that the model built last asks for, until its mode is set.
+# Those that the model built last asks for, until its mode is set; and whether it asks for
+# test-time augmentation, which Detectron2's predictor ignores.
 _unread: List[str] = []
+_augmented: List[str] = []
 
 
 @cache
@@ -79,7 +81,9 @@ def check_model(cfg: CfgNode) -> None:
             "panet_d2.data.setup_datasets(cfg), which takes the number from the datasets, before "
             "the model is built."
         )
-    _unread.clear()
+    forget_unread_keys()
+    if cfg.TEST.AUG.ENABLED:
+        _augmented.append("TEST.AUG.ENABLED")
     for key, nothing in _TRAINER_KEYS.items():
         group, name = key.split(".")
         value = cfg[group].get(name, nothing)
@@ -90,14 +94,16 @@ def check_model(cfg: CfgNode) -> None:
 
 
 def forget_unread_keys() -> None:
-    """For the trainer that reads them."""
+    """For programs that read them."""
     _unread.clear()
+    _augmented.clear()
 
 
 class TrainingNotice(_Module):
     """
     Warns of the keys that only :class:`panet_d2.engine.Trainer` reads, if the first mode that the
-    model is set to is training. Then another trainer has built the model.
+    model is set to is training. Then another trainer has built the model. If the first mode is
+    evaluation, it is for prediction, and Detectron2's predictor ignores ``TEST.AUG``.
     """
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -106,7 +112,13 @@ class TrainingNotice(_Module):
                 "The config has keys that only panet_d2.engine.Trainer (train_net.py) reads; this "
                 f"program's trainer ignores them: {', '.join(_unread)}."
             )
-        _unread.clear()
+        if not mode and _augmented:
+            warn_once(
+                "TEST.AUG.ENABLED is True, but predictions of this model have no test-time "
+                "augmentation, unless panet_d2.engine.Predictor, train_net.py or a class such as "
+                "RCNNWithTTA makes them."
+            )
+        forget_unread_keys()
         return super().train(mode)
 
 

@@ -193,17 +193,17 @@ class RCNNWithTTA(TTAHooks):
         self.cfg.MODEL.KEYPOINT_ON = cfg.MODEL.KEYPOINT_ON
         self.suppression = Suppression.from_config(cfg)
         self.flipped_keypoints = _flipped_keypoints(cfg) if cfg.MODEL.KEYPOINT_ON else None
-        logger.info(self.cost())
-
-    def cost(self) -> str:
-        """Return one sentence that says how many forward passes an image takes."""
-        views, passes = len(self.tta_mapper), len(self.tta_mapper)
-        why = "one for each view"
-        if self.cfg.MODEL.MASK_ON or self.cfg.MODEL.KEYPOINT_ON:
-            passes, why = 2 * views, "one for each view's boxes and one for masks or keypoints"
-        return (
-            f"Test-time augmentation: {views} views of an image, {passes} forward passes ({why})."
+        logger.info(
+            "Test-time augmentation: %d views of an image, %d forward passes.",
+            len(self.tta_mapper),
+            self.passes,
         )
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes that an image takes: masks and keypoints need a second one."""
+        again = self.cfg.MODEL.MASK_ON or self.cfg.MODEL.KEYPOINT_ON
+        return len(self.tta_mapper) * (2 if again else 1)
 
     def infer_image(self, image: dict) -> dict:
         shape = (image["height"], image["width"])

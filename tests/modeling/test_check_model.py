@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+import torch
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
@@ -14,7 +15,7 @@ from detectron2.modeling import (
 )
 
 from panet_d2 import AdaptivePoolingMixin, add_panet_config
-from panet_d2.engine import Trainer
+from panet_d2.engine import Predictor, Trainer
 from panet_d2.errors import ConfigError
 from panet_d2.modeling.check_model import num_classes_node, warn_once
 
@@ -137,3 +138,19 @@ def test_add_panet_config_forgotten(opts):
         build_model(cfg)
     add_panet_config(cfg)
     build_model(cfg)
+
+
+def test_the_stock_predictor_ignores_test_time_augmentation(caplog):
+    cfg = tiny_cfg("TEST.AUG.ENABLED", True)
+    DefaultPredictor(cfg)
+    (warning,) = warnings(caplog)
+    assert "TEST.AUG.ENABLED is True" in warning and "panet_d2.engine.Predictor" in warning
+
+
+def test_ours_does_not(caplog, tmp_path):
+    cfg = tiny_cfg("TEST.AUG.ENABLED", True)
+    Trainer.build_model(cfg).eval()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    Predictor(cfg)
+    assert not warnings(caplog)
