@@ -84,15 +84,16 @@ def read_model(config_file: str, opts: List[str]) -> CfgNode:
 
 def evaluate(cfg: CfgNode, weights: str, count: int) -> Dict[str, float]:
     """AP, seconds and forward passes an image, on the first ``count`` images; 0 for all."""
-    model = build_model(cfg).eval()
-    load_strict(model, weights)
-    predict, passes, loader_cfg = model, 1, cfg.clone()
+    plain = cfg.clone()
     if cfg.TEST.AUG.ENABLED:
-        loader_cfg.INPUT.MIN_SIZE_TEST = 0  # the views are made from the image in its own size
-        predict = RCNNWithTTA(cfg, model)
-        passes = predict.passes
+        plain.TEST.AUG.ENABLED = False
+        plain.INPUT.MIN_SIZE_TEST = 0  # the views are made from the image in its own size
+    model = build_model(plain).eval()
+    load_strict(model, weights)
+    predict = RCNNWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
+    passes = predict.passes if cfg.TEST.AUG.ENABLED else 1
     name = cfg.DATASETS.TEST[0]
-    loader = Trainer.build_test_loader(loader_cfg, name)
+    loader = Trainer.build_test_loader(plain, name)
     evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference"))
     if not isinstance(evaluator, COCOEvaluator):
         raise ConfigError(f"DATASETS.TEST names {name!r}, which is not evaluated as COCO is.")

@@ -112,7 +112,7 @@ class Predictor(DefaultPredictor):
         """
         image = self._check(original_image)
         if self.tta is not None:
-            return self._augmented(image)
+            return self._augmented(self.tta, image)
         resize = self.aug.get_transform(image)
         if leaves_nothing(resize):
             size = "x".join(str(side) for side in image.shape[1::-1])
@@ -124,13 +124,13 @@ class Predictor(DefaultPredictor):
         return super().__call__(image)
 
     @torch.no_grad()
-    def _augmented(self, image: np.ndarray) -> Dict[str, Any]:
+    def _augmented(self, tta: RCNNWithTTA, image: np.ndarray) -> Dict[str, Any]:
         """Predict with the views of an image in its own size, as :meth:`Trainer.test_with_tta`."""
         if self.input_format == "RGB":
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return self.tta([{"image": tensor, "height": height, "width": width}])[0]
+        return tta([{"image": tensor, "height": height, "width": width}])[0]
 
     def _check(self, image: Any) -> np.ndarray:
         """Return an image as :class:`DefaultPredictor` handles it, or raise a DataError."""

@@ -25,7 +25,6 @@ from detectron2.data.transforms import (
 from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNN, PanopticFPN, detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.keypoints import heatmaps_to_keypoints
-from PIL import Image
 from torch import nn
 
 from .._detectron2 import TTAHooks
@@ -139,20 +138,20 @@ class MapperTTA(DatasetMapperTTA):
             first = ResizeTransform(*original, height, width)
         views = []
         for min_size, ratio in product(self.min_sizes, self.aspect_ratios):
-            size = ResizeShortestEdge.get_output_shape(
+            new_h, new_w = ResizeShortestEdge.get_output_shape(
                 height, max(1, round(width * ratio)), min_size, self.max_size
             )
-            if 0 in size:
+            if 0 in (new_h, new_w):
                 raise DataError(
                     f"the image of {width}x{height} pixels is too narrow: TEST.AUG.MIN_SIZES and "
-                    f"MAX_SIZE resize it to {size[1]}x{size[0]}."
+                    f"MAX_SIZE resize it to {new_w}x{new_h}."
                 )
-            resize = ResizeTransform(height, width, *size, Image.BILINEAR)
+            resize = ResizeTransform(height, width, new_h, new_w)
             resized = resize.apply_image(np.copy(image))
-            resized = resized.reshape(*size, -1)  # one channel
+            resized = resized.reshape(new_h, new_w, -1)  # one channel
             for turns, mirrored in self.orientations:
-                oriented = [HFlipTransform(size[1])] if mirrored else []
-                oriented += [Rotate90Transform(*size, turns)] if turns else []
+                oriented = [HFlipTransform(new_w)] if mirrored else []
+                oriented += [Rotate90Transform(new_h, new_w, turns)] if turns else []
                 view = TransformList(oriented).apply_image(resized) if oriented else resized
                 view = torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
                 transforms = TransformList([first, resize, *oriented])

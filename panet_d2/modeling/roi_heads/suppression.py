@@ -25,7 +25,7 @@ class Suppression:
 
     Attributes:
         iou_threshold (float): of NMS and of linear Soft-NMS.
-        limit (int): number of detections of an image; negative for all.
+        limit (int): number of detections of an image, applied before voting; negative for all.
         soft_nms (str): a method of :func:`soft_nms`; "" for NMS.
         sigma, score_threshold (float): see :func:`soft_nms`.
         voting (str): a method of :func:`box_voting`; "" for no voting.
@@ -149,12 +149,12 @@ class SuppressionMixin(HeadHooks):
         return [suppression(found) for found in result]
 
 
-def last_predictor(predictor: nn.Module) -> nn.Module:
+def last_predictor(predictor: nn.Module) -> Any:
     """Return the box predictor that decides: the last one of a cascade."""
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
 
-def set_suppression(predictor: nn.Module, suppression: Suppression) -> None:
+def set_suppression(predictor: Any, suppression: Suppression) -> None:
     """
     Let a box predictor of heads with :class:`SuppressionMixin` use Soft-NMS or voting.
 
