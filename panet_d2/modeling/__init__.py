@@ -11,7 +11,8 @@ from .roi_heads import (
     SuppressionMixin,
     set_suppression,
 )
-from .test_time_augmentation import MapperTTA, RCNNWithTTA, Rotate90Transform, check_test_aug
+from .test_time_augmentation import RCNNWithTTA, check_test_aug
+from .tta_mapper import MapperTTA, Rotate90Transform
 
 __all__ = [
     "AdaptivePoolingMixin",
