@@ -117,7 +117,7 @@ class Model:
                 f"MODEL.PIXEL_MEAN has {channels} values, but the demo's images have colors or "
                 "grays; give your own arrays to panet_d2.engine.Predictor."
             )
-        self.predictor = Predictor(cfg)
+        self.predictor, self.threshold = Predictor(cfg), args.confidence_threshold
         categories = self.predictor.cfg.DATASETS.CATEGORIES
         self.category_ids = [category_id for category_id, _ in categories]
         known = self.predictor.metadata.as_dict()
@@ -140,6 +140,14 @@ class Model:
 
             # From frame to frame, an object keeps its color.
             self.video = VideoVisualizer(self.metadata)
+
+    def predict(self, image: np.ndarray) -> Dict[str, Any]:
+        """Return the model's output for a BGR image, without what scores lower."""
+        outputs = self.predictor(image)
+        if "instances" in outputs:  # Soft-NMS, voting and fusion lower scores after the threshold
+            found = outputs["instances"]
+            outputs["instances"] = found[found.scores >= self.threshold]
+        return outputs
 
     def draw(self, image: np.ndarray, outputs: Dict[str, Any]) -> np.ndarray:
         """Return a BGR picture of a BGR image and the model's output for it."""
@@ -297,7 +305,7 @@ def predict(args: argparse.Namespace) -> int:
     try:
         for image_id, name, image in tqdm(items, total=total or None, disable=not to_write):
             try:
-                outputs = model.predictor(image)
+                outputs = model.predict(image)
             except DataError as e:
                 if not args.input:  # the next frame is no better
                     raise

@@ -6,7 +6,17 @@ All were seen in Detectron2 0.6: its main branch of August 2024 and of June 2026
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -22,6 +32,8 @@ from detectron2.data.build import _train_loader_from_config as train_loader_from
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.structures import Instances
 
 # For type checkers, the mixins below derive from what they are mixed into.
 if TYPE_CHECKING:
@@ -106,7 +118,10 @@ class TrainingLoop(DefaultTrainer):
 
 
 class HeadHooks(_ROIHeads):
-    """ROI heads whose three ``_init_*_head``, the place to replace a pooler, are one method."""
+    """
+    ROI heads whose three ``_init_*_head``, the place to replace a pooler, are one method, and whose
+    step from proposals to boxes can be overridden.
+    """
 
     @classmethod
     def init_head(
@@ -130,3 +145,52 @@ class HeadHooks(_ROIHeads):
     @classmethod
     def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
         return cls.init_head(super()._init_keypoint_head, cfg, input_shape, "keypoint")
+
+    def forward_box(
+        self,
+        features: Dict[str, torch.Tensor],
+        proposals: List[Instances],
+        *targets: Optional[List[Instances]],
+    ) -> Any:
+        """Return the losses in training, else the detections of each image without masks."""
+        return super()._forward_box(features, proposals, *targets)
+
+    def _forward_box(
+        self,
+        features: Dict[str, torch.Tensor],
+        proposals: List[Instances],
+        *targets: Optional[List[Instances]],
+    ) -> Any:
+        return self.forward_box(features, proposals, *targets)
+
+
+class TTAHooks(GeneralizedRCNNWithTTA):
+    """Test-time augmentation whose steps have names and can be overridden."""
+
+    def infer_image(self, image: dict) -> dict:
+        """Return the output for one image."""
+        return super()._inference_one_image(image)
+
+    def batch_inference(
+        self, inputs: List[dict], instances: Optional[List[Instances]] = None
+    ) -> List[Instances]:
+        """Run the model on some views, without postprocessing; on given boxes if there are."""
+        return super()._batch_inference(inputs, instances)
+
+    def into_views(
+        self, inputs: List[dict], found: Instances, transforms: List[TransformList]
+    ) -> List[Instances]:
+        """Return the detections with the boxes that they have in each view."""
+        return super()._rescale_detected_boxes(inputs, found, transforms)
+
+    def without_heads(self, switches: List[str]) -> ContextManager[None]:
+        """Turn heads off by the names of their switches in the model's ROI heads."""
+        return super()._turn_off_roi_heads(switches)
+
+    def _inference_one_image(self, input: dict) -> dict:
+        return self.infer_image(input)
+
+    def _batch_inference(
+        self, batched_inputs: List[dict], detected_instances: Optional[List[Instances]] = None
+    ) -> List[Instances]:
+        return self.batch_inference(batched_inputs, detected_instances)

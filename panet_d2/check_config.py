@@ -190,7 +190,18 @@ _RULES: Dict[str, Rule] = {
     "TEST.DETECTIONS_PER_IMAGE": _or(_SIZE, _choice(-1)),  # -1: all
     "TEST.AUG.MIN_SIZES": _filled(_list(_SIZE)),
     "TEST.AUG.MAX_SIZE": _SIZE,
+    "TEST.AUG.ROTATIONS": _list(_choice(90, 180, 270)),
+    "TEST.AUG.ASPECT_RATIOS": _list(_POSITIVE),
+    "TEST.AUG.BOX_SIZES": _list(_POSITIVE, 0, 2),
+    "TEST.AUG.MERGE": _choice("nms", "wbf"),
+    "TEST.AUG.MASKS": _choice("probabilities", "logits"),
     "TEST.PRECISE_BN.NUM_ITER": _SIZE,
+    "TEST.SOFT_NMS.METHOD": _choice("linear", "gaussian"),
+    "TEST.SOFT_NMS.SIGMA": _POSITIVE,
+    "TEST.SOFT_NMS.SCORE_THRESH": _SHARE,
+    "TEST.BOX_VOTING.THRESH": _SHARE,
+    "TEST.BOX_VOTING.SCORES": _choice("id", "avg", "temp_avg"),
+    "TEST.BOX_VOTING.TEMPERATURE": _POSITIVE,
     "SEED": _whole(-1),
     "VIS_PERIOD": _COUNT,
 }
@@ -240,7 +251,7 @@ def check_values(cfg: CfgNode) -> None:
     for key, value in values.items():
         if key in rules and not rules[key].accepts(value):
             raise ConfigError(f"{key} is {value!r}; it must be {rules[key].text}.")
-    for check in (_check_crop, _check_steps, _check_pixels):
+    for check in (_check_crop, _check_steps, _check_pixels, _check_box_sizes):
         problem = check(cfg)
         if problem:
             raise ConfigError(problem)
@@ -274,5 +285,17 @@ def _check_pixels(cfg: CfgNode) -> Optional[str]:
         return (
             f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD is {std!r}; both must have one "
             "number for each channel of an image."
+        )
+    return None
+
+
+def _check_box_sizes(cfg: CfgNode) -> Optional[str]:
+    sizes = list(cfg.TEST.AUG.get("BOX_SIZES", ()))
+    if sizes and sizes[0] > sizes[1]:
+        return f"TEST.AUG.BOX_SIZES is {sizes}; the first must not be larger than the second."
+    if sizes and len(set(cfg.TEST.AUG.MIN_SIZES)) < 2:
+        return (
+            f"TEST.AUG.BOX_SIZES is {sizes}, but TEST.AUG.MIN_SIZES has only one size; give two or "
+            "more."
         )
     return None

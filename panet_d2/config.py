@@ -78,7 +78,7 @@ _RENAMED = (
 
 def _panet_config() -> CN:
     """All keys of this package."""
-    _C = CN({node: {} for node in ("MODEL", "INPUT", "DATASETS", "SOLVER")})
+    _C = CN({node: {} for node in ("MODEL", "INPUT", "DATASETS", "SOLVER", "TEST")})
     for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"):
         _C.MODEL[head] = CN()
 
@@ -156,6 +156,53 @@ def _panet_config() -> CN:
     # most units of the fc layer stay zero (experiments/results/ablation/README.md). Read by
     # panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
+
+    # ---------------------------------------------------------------------------------------- #
+    # Suppression of duplicates at inference (docs/inference.md). Read by PANetROIHeads and
+    # PANetCascadeROIHeads, with AFP or without.
+    # ---------------------------------------------------------------------------------------- #
+    _C.TEST.SOFT_NMS = CN()
+    # Instead of deleting the boxes that overlap a better box of their class, lower their scores.
+    _C.TEST.SOFT_NMS.ENABLED = False
+    # The factor of these scores: "linear", 1 - IoU above MODEL.ROI_HEADS.NMS_THRESH_TEST; or
+    # "gaussian", exp(-IoU^2 / SIGMA) for any IoU.
+    _C.TEST.SOFT_NMS.METHOD = "linear"
+    _C.TEST.SOFT_NMS.SIGMA = 0.5
+    # Delete boxes whose lowered score is not above this.
+    _C.TEST.SOFT_NMS.SCORE_THRESH = 0.001
+    _C.TEST.BOX_VOTING = CN()
+    # Replace each detection by the mean of the boxes of its class that overlap it, weighted by
+    # their scores.
+    _C.TEST.BOX_VOTING.ENABLED = False
+    # Boxes vote from this IoU on.
+    _C.TEST.BOX_VOTING.THRESH = 0.8
+    # The new score: "id", as it was; "avg", the mean of the scores of the boxes that vote; or
+    # "temp_avg", this mean after the log-odds of each score were divided by TEMPERATURE.
+    _C.TEST.BOX_VOTING.SCORES = "id"
+    _C.TEST.BOX_VOTING.TEMPERATURE = 1.0
+
+    # ---------------------------------------------------------------------------------------- #
+    # Test-time augmentation, beside Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE and FLIP
+    # (docs/inference.md). Read by train_net.py, the demo and panet_d2.engine.Predictor.
+    # ---------------------------------------------------------------------------------------- #
+    _C.TEST.AUG = CN()
+    # Flip vertically, too. Every combination of flips, rotations, aspect ratios and sizes is a view
+    # of the image, each once.
+    _C.TEST.AUG.VFLIP = False
+    # Rotate counterclockwise by each of these angles: 90, 180, 270.
+    _C.TEST.AUG.ROTATIONS = ()
+    # Multiply the width by each of these, beside 1. MIN_SIZES is for the result.
+    _C.TEST.AUG.ASPECT_RATIOS = ()
+    # (LOW, HIGH): take boxes smaller than LOW only from the larger half of MIN_SIZES, and boxes
+    # larger than HIGH only from the smaller half. The size of a box is the square root of its area
+    # in pixels of the image file. An odd number of MIN_SIZES has its middle in both halves.
+    _C.TEST.AUG.BOX_SIZES = ()
+    # How boxes of all views are merged: "nms" as for one image, with TEST.SOFT_NMS and
+    # TEST.BOX_VOTING if they are enabled; or "wbf", weighted boxes fusion with the IoU of
+    # MODEL.ROI_HEADS.NMS_THRESH_TEST, which needs the package ensemble-boxes.
+    _C.TEST.AUG.MERGE = "nms"
+    # What masks are averaged as: "probabilities" or "logits".
+    _C.TEST.AUG.MASKS = "probabilities"
     return _C
 
 

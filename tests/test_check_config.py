@@ -21,6 +21,18 @@ def test_every_config_of_ours_and_of_detectron2_is_accepted():
 
 
 WRONG = [
+    ("TEST.SOFT_NMS.METHOD", "hard", "one of 'linear', 'gaussian'"),
+    ("TEST.SOFT_NMS.SIGMA", 0.0, "greater than 0"),
+    ("TEST.SOFT_NMS.SCORE_THRESH", 5.0, "from 0 to 1"),
+    ("TEST.BOX_VOTING.THRESH", 80.0, "from 0 to 1"),
+    ("TEST.BOX_VOTING.SCORES", "max", "one of 'id', 'avg', 'temp_avg'"),
+    ("TEST.BOX_VOTING.TEMPERATURE", 0.0, "greater than 0"),
+    ("TEST.AUG.ROTATIONS", [45], "each one of 90, 180, 270"),
+    ("TEST.AUG.ASPECT_RATIOS", [0.0], "greater than 0"),
+    ("TEST.AUG.BOX_SIZES", [32], "a list of 0 or 2"),
+    ("TEST.AUG.BOX_SIZES", [96, 32], "the first must not be larger"),
+    ("TEST.AUG.MERGE", "soft_nms", "one of 'nms', 'wbf'"),
+    ("TEST.AUG.MASKS", "max", "one of 'probabilities', 'logits'"),
     ("SOLVER.CHECKPOINT_PERIOD", 0, "at least 1"),
     ("SOLVER.MAX_ITER", 0, "at least 1"),
     ("SOLVER.BASE_LR", math.nan, "greater than 0"),
@@ -88,3 +100,10 @@ def test_keys_of_the_user_are_left_alone():
     cfg.MODEL.MINE = None
     cfg.MODEL.ROI_HEADS.MY_THRESH = 50
     check_values(cfg)
+
+
+def test_box_sizes_need_sizes_to_choose_from():
+    opts = ("TEST.AUG.BOX_SIZES", [32, 96], "TEST.AUG.MIN_SIZES")
+    check_values(tiny_cfg(*opts, [64, 96]))
+    with pytest.raises(ConfigError, match="MIN_SIZES has only one size"):
+        check_values(tiny_cfg(*opts, [64, 64]))

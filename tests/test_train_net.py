@@ -114,9 +114,11 @@ def test_test_time_augmentation(folder):
         *("MODEL.WEIGHTS", str(folder / "run/model_final.pth")),
         *("OUTPUT_DIR", str(folder / "tta")),
         *("TEST.AUG.ENABLED", "True"),
-        *("TEST.AUG.MIN_SIZES", "(64, 96)"),
+        *("TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.AUG.ROTATIONS", "(90,)"),
+        *("TEST.SOFT_NMS.ENABLED", "True", "TEST.BOX_VOTING.ENABLED", "True"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 views of an image, 16 forward passes" in done.stdout
     assert (folder / "tta/inference_TTA/coco_instances_results.json").is_file()
 
 

@@ -7,6 +7,7 @@ import os
 from typing import Any, Dict, Sequence
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.engine import DefaultPredictor
@@ -19,6 +20,7 @@ from ..categories import as_categories, model_metadata, read_categories, resolve
 from ..checkpoint.strict_checkpoint import join_names
 from ..data.augmentation import leaves_nothing
 from ..errors import DataError
+from ..modeling import RCNNWithTTA
 from .defaults import load_strict
 
 _COLORS = ("BGR", "RGB")  # what the parent makes of a BGR image itself
@@ -48,7 +50,7 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
 class Predictor(DefaultPredictor):
     """
     A :class:`DefaultPredictor` that rejects weights that do not match the model, and images that it
-    would misread.
+    would misread. With ``TEST.AUG.ENABLED`` it predicts with test-time augmentation.
 
     Attributes:
         cfg (CfgNode): the config; its ``DATASETS.CATEGORIES`` has the ids and names of the classes,
@@ -68,6 +70,7 @@ class Predictor(DefaultPredictor):
         bare = cfg.clone()
         bare.defrost()
         bare.MODEL.WEIGHTS = ""
+        bare.TEST.AUG.ENABLED = False  # nothing to warn of: it is done here
         self.channels = len(cfg.MODEL.PIXEL_MEAN)
         if self.channels != 3 or bare.INPUT.FORMAT != "RGB":
             bare.INPUT.FORMAT = "BGR"  # the parent knows no others
@@ -77,6 +80,7 @@ class Predictor(DefaultPredictor):
         self.takes_gray = self.channels == 1 or cfg.INPUT.FORMAT == "L"
         self._name_classes(load_strict(self.model, cfg.MODEL.WEIGHTS).get("categories"))
         self.metadata = model_metadata(self.cfg)
+        self.tta = RCNNWithTTA(self.cfg, self.model) if cfg.TEST.AUG.ENABLED else None
 
     def _name_classes(self, in_checkpoint: Any) -> None:
         """Set ``DATASETS.CATEGORIES``; if nothing else names the classes, from the checkpoint."""
@@ -107,6 +111,8 @@ class Predictor(DefaultPredictor):
             DataError: if it is anything else, has no pixels, or is too narrow to be resized.
         """
         image = self._check(original_image)
+        if self.tta is not None:
+            return self._augmented(self.tta, image)
         resize = self.aug.get_transform(image)
         if leaves_nothing(resize):
             size = "x".join(str(side) for side in image.shape[1::-1])
@@ -116,6 +122,15 @@ class Predictor(DefaultPredictor):
                 f"{self.cfg.INPUT.MAX_SIZE_TEST} resize it to {resize.new_w}x{resize.new_h}."
             )
         return super().__call__(image)
+
+    @torch.no_grad()
+    def _augmented(self, tta: RCNNWithTTA, image: np.ndarray) -> Dict[str, Any]:
+        """Predict with the views of an image in its own size, as :meth:`Trainer.test_with_tta`."""
+        if self.input_format == "RGB":
+            image = image[:, :, ::-1]
+        height, width = image.shape[:2]
+        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return tta([{"image": tensor, "height": height, "width": width}])[0]
 
     def _check(self, image: Any) -> np.ndarray:
         """Return an image as :class:`DefaultPredictor` handles it, or raise a DataError."""

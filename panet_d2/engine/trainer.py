@@ -15,18 +15,13 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import (
-    META_ARCH_REGISTRY,
-    GeneralizedRCNN,
-    GeneralizedRCNNWithTTA,
-    PanopticFPN,
-)
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import TORCH_VERSION
 from torch import nn
+from tqdm import tqdm
 
 from .._detectron2 import LossHook, TrainingLoop, restart_precise_bn
 from ..build import build
@@ -36,8 +31,9 @@ from ..config import read_choice
 from ..data import NamedImageMapper
 from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
-from ..errors import ConfigError, TrainingDiverged
+from ..errors import TrainingDiverged
 from ..evaluation import build_evaluator
+from ..modeling import RCNNWithTTA, check_test_aug
 from ..modeling.check_model import forget_unread_keys
 from .defaults import latest_checkpoint, load_strict
 from .hooks import StopOnSignal
@@ -240,34 +236,33 @@ class Trainer(TrainingLoop):
     @classmethod
     def check_test_aug(cls, cfg: CfgNode) -> None:
         """
-        Check before training that :class:`GeneralizedRCNNWithTTA` can run the model.
+        Check before training that test-time augmentation can run the model.
 
         Raises:
             ConfigError: if ``TEST.AUG`` is enabled and cannot be used.
         """
-        if not cfg.TEST.AUG.ENABLED:
-            return
-        name = cfg.MODEL.META_ARCHITECTURE
-        architecture = META_ARCH_REGISTRY.get(name)
-        # With a panoptic model, it returns only the instances, and the evaluators need the rest.
-        if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
-            raise ConfigError(
-                f"TEST.AUG.ENABLED must be False with MODEL.META_ARCHITECTURE {name}: "
-                "test-time augmentation is for GeneralizedRCNN."
-            )
-        for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
-            if getattr(cfg.MODEL, key):
-                raise ConfigError(f"TEST.AUG.ENABLED must be False if MODEL.{key} is True.")
+        check_test_aug(cfg)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluate with test-time augmentation; "_TTA" is appended to the name of each task."""
-        logger.info("Evaluating with test-time augmentation …")
-        evaluators = [
-            cls.build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA"))
-            for name in cfg.DATASETS.TEST
-        ]
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        model = RCNNWithTTA(cfg, model)
+        whole = cfg.clone()
+        whole.defrost()
+        # The views are made from the image as it is in its file, not resized twice.
+        whole.INPUT.MIN_SIZE_TEST = 0
+        results: Dict[str, Any] = {}
+        for name in cfg.DATASETS.TEST:
+            loader = cls.build_test_loader(whole, name)
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+            evaluator = cls.build_evaluator(cfg, name, folder)
+            # In a log file, Detectron2's own lines say how far it is.
+            with tqdm(loader, desc=f"{name}, augmented", disable=None) as bar:
+                results[name] = inference_on_dataset(model, bar, evaluator)
+            if comm.is_main_process():
+                logger.info("Results for %s with test-time augmentation:", name)
+                print_csv_format(results[name])
+        results = results[name] if len(results) == 1 else results
         return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:

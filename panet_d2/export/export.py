@@ -43,6 +43,12 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
         ConfigError: if the model cannot be exported; the message names the key.
         ExportError: if a package is missing.
     """
+    # An exported file is one forward pass with NMS.
+    for key in ("AUG", "SOFT_NMS", "BOX_VOTING"):
+        if cfg.TEST.get(key, {}).get("ENABLED"):
+            raise ConfigError(
+                f"TEST.{key}.ENABLED is True, which cannot be exported; set it to False."
+            )
     # PanopticFPN combines segments in a Python loop.
     read_choice(cfg, "MODEL.META_ARCHITECTURE", ("GeneralizedRCNN", "RetinaNet"))
     # Detectron2's deformable convs are not operators that a trace can contain.

@@ -7,18 +7,30 @@ from .roi_heads import (
     PANetCascadeROIHeads,
     PANetMaskHead,
     PANetROIHeads,
+    Suppression,
+    SuppressionMixin,
+    set_suppression,
 )
+from .test_time_augmentation import RCNNWithTTA, check_test_aug
+from .tta_mapper import MapperTTA, Rotate90Transform
 
 __all__ = [
     "AdaptivePoolingMixin",
     "AdaptiveROIPooler",
     "FCFusionBranch",
     "FastRCNNConvFCNormHead",
+    "MapperTTA",
     "PAFPN",
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "RCNNWithTTA",
+    "Rotate90Transform",
+    "Suppression",
+    "SuppressionMixin",
     "adaptive_poolers",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",
+    "check_test_aug",
+    "set_suppression",
 ]

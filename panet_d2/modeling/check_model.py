@@ -27,8 +27,10 @@ _TRAINER_KEYS = {
     "DATASETS.CHECK_IMAGES": True,
 }
 
-# Those that the model built last asks for, until its mode is set.
+# Those that the model built last asks for, until its mode is set; and whether it asks for
+# test-time augmentation, which Detectron2's predictor ignores.
 _unread: List[str] = []
+_augmented: List[str] = []
 
 
 @cache
@@ -47,6 +49,12 @@ def heads_that_ask_for_afp(cfg: CfgNode) -> List[str]:
     """Return the nodes of ``MODEL``, such as "ROI_BOX_HEAD", whose ``AFP.ENABLED`` is True."""
     keys = [f"ROI_{branch}_HEAD" for branch in ("BOX", "MASK", "KEYPOINT")]
     return [key for key in keys if cfg.MODEL[key].get("AFP", {}).get("ENABLED") is True]
+
+
+def suppression_keys(cfg: CfgNode) -> List[str]:
+    """Return the keys, such as "TEST.SOFT_NMS.ENABLED", that ask for more than NMS."""
+    nodes = ("SOFT_NMS", "BOX_VOTING")
+    return [f"TEST.{n}.ENABLED" for n in nodes if cfg.TEST.get(n, {}).get("ENABLED") is True]
 
 
 def num_classes_node(cfg: CfgNode) -> Optional[str]:
@@ -77,7 +85,9 @@ def check_model(cfg: CfgNode) -> None:
         )
     if node:
         name_datasets(cfg, cfg.MODEL[node].NUM_CLASSES)
-    _unread.clear()
+    forget_unread_keys()
+    if cfg.TEST.AUG.ENABLED:
+        _augmented.append("TEST.AUG.ENABLED")
     for key, nothing in _TRAINER_KEYS.items():
         group, name = key.split(".")
         value = cfg[group].get(name, nothing)
@@ -88,14 +98,16 @@ def check_model(cfg: CfgNode) -> None:
 
 
 def forget_unread_keys() -> None:
-    """For the trainer that reads them."""
+    """For programs that read them."""
     _unread.clear()
+    _augmented.clear()
 
 
 class TrainingNotice(_Module):
     """
     Warns of the keys that only :class:`panet_d2.engine.Trainer` reads, if the first mode that the
-    model is set to is training. Then another trainer has built the model.
+    model is set to is training. Then another trainer has built the model. If the first mode is
+    evaluation, it is for prediction, and Detectron2's predictor ignores ``TEST.AUG``.
     """
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -104,5 +116,27 @@ class TrainingNotice(_Module):
                 "The config has keys that only panet_d2.engine.Trainer (train_net.py) reads; this "
                 f"program's trainer ignores them: {', '.join(_unread)}."
             )
-        _unread.clear()
+        if not mode and _augmented:
+            warn_once(
+                "TEST.AUG.ENABLED is True, but predictions of this model have no test-time "
+                "augmentation, unless panet_d2.engine.Predictor, train_net.py or a class such as "
+                "RCNNWithTTA makes them."
+            )
+        forget_unread_keys()
         return super().train(mode)
+
+
+_stock_retinanet_from_config = RetinaNet.from_config.__func__
+
+
+def _retinanet_from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
+    for key in suppression_keys(cfg):
+        raise ConfigError(
+            f"{key} is True; MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has only NMS, "
+            "so it must be False."
+        )
+    return _stock_retinanet_from_config(cls, cfg, *args)
+
+
+# As with the ROI heads, nothing else of this package sees the config of a stock RetinaNet.
+RetinaNet.from_config = classmethod(_retinanet_from_config)

@@ -194,6 +194,25 @@ def test_threshold_of_one_finds_nothing(model, images, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == []
 
 
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["TEST.SOFT_NMS.ENABLED", "True", "TEST.SOFT_NMS.METHOD", "gaussian"],
+        ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.ROTATIONS", "[90]"],
+    ],
+)
+def test_options_of_inference(model, images, tmp_path, opts):
+    """What Soft-NMS lowers below the threshold is left out, too."""
+    found = {}
+    for name, extra in (("plain", []), ("changed", opts)):
+        argv = [*model, "--input", str(images), "--json", str(tmp_path / name)]
+        argv += ["--confidence-threshold", "0.5", "--opts", *extra]
+        assert cli.run(demo.main, argv) == 0
+        found[name] = json.loads((tmp_path / name).read_text())
+    assert 0 < len(found["changed"]) and found["changed"] != found["plain"]
+    assert all(result["score"] >= 0.5 for result in found["changed"])
+
+
 def test_threshold_is_a_probability(model, images, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.run(demo.main, [*model, "--input", str(images), "--confidence-threshold", "50"])

@@ -12,8 +12,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 
+from panet_d2.data import NamedImageMapper
 from panet_d2.engine import Predictor, setup_config
 from panet_d2.errors import CheckpointError, DataError
+from panet_d2.modeling import RCNNWithTTA
 
 from ..common import batch, tiny_cfg
 
@@ -209,3 +211,35 @@ def test_checkpoint_of_other_classes(tmp_path, caplog, monkeypatch):
 def test_strange_categories_in_a_checkpoint(tmp_path, categories):
     predictor = Predictor(weights(tiny_cfg(), tmp_path, categories=categories))
     assert not predictor.cfg.DATASETS.CATEGORIES
+
+
+AUG = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", [48, 64], "TEST.AUG.MAX_SIZE", 200)
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_test_time_augmentation(tmp_path, image_format):
+    """As an evaluation of the image file."""
+    cfg = weights(tiny_cfg(*AUG, "TEST.AUG.VFLIP", True, "INPUT.FORMAT", image_format), tmp_path)
+    predictor, image = Predictor(cfg), picture()
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    loaded = {"file_name": str(tmp_path / "image.png"), "height": 40, "width": 60}
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    with torch.no_grad():
+        expected = RCNNWithTTA(cfg, predictor.model)([NamedImageMapper(cfg, False)(loaded)])[0]
+    outputs = predictor(image)
+    assert same(outputs, expected) and outputs["instances"].pred_masks.shape[1:] == (40, 60)
+    assert not same(
+        outputs, {"instances": predictor.model([{**loaded, **_input(image)}])[0]["instances"]}
+    )
+
+
+def _input(image):
+    return {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}
+
+
+def test_test_time_augmentation_of_one_channel_and_narrow_images(tmp_path):
+    gray = ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [50.0])
+    predictor = Predictor(weights(tiny_cfg(*AUG, *gray), tmp_path))
+    assert len(predictor(picture(1))["instances"])
+    with pytest.raises(DataError, match="too narrow: TEST.AUG.MIN_SIZES"):
+        predictor(np.zeros((1, 900), np.uint8))

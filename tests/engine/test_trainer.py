@@ -370,7 +370,7 @@ class TestTimeAugmentation:
         [
             (("MODEL.META_ARCHITECTURE", "RetinaNet"), "TEST.AUG.ENABLED.*ARCHITECTURE RetinaNet"),
             (("MODEL.META_ARCHITECTURE", "PanopticFPN"), "TEST.AUG.ENABLED.*PanopticFPN"),
-            (("MODEL.KEYPOINT_ON", True), "TEST.AUG.ENABLED.*MODEL.KEYPOINT_ON"),
+            (("MODEL.KEYPOINT_ON", True), "TEST.AUG.FLIP.*keypoints"),
             (("MODEL.LOAD_PROPOSALS", True), "TEST.AUG.ENABLED.*MODEL.LOAD_PROPOSALS"),
         ],
     )

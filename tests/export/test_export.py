@@ -217,10 +217,13 @@ def test_which_configs_can_be_exported(path):
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"),
         ("MODEL.META_ARCHITECTURE", "SemanticSegmentor"),
+        ("TEST.AUG.ENABLED", True),
+        ("TEST.SOFT_NMS.ENABLED", True),
+        ("TEST.BOX_VOTING.ENABLED", True),
     ],
 )
 def test_refused_by_key(key, value):
-    with pytest.raises(ConfigError, match=f"{key} is '{value}'"):
+    with pytest.raises(ConfigError, match=f"{key} is {value!r}"):
         check_exportable(tiny_cfg(key, value), ["torchscript"])
 
 

@@ -53,6 +53,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"},
     {"TEST.PRECISE_BN.ENABLED": True, "TEST.EVAL_PERIOD": 1},
     {"TEST.AUG.ENABLED": True},
+    {"TEST.SOFT_NMS.ENABLED": True, "TEST.BOX_VOTING.ENABLED": True},
     {"INPUT.SAME_SIZE_PER_BATCH": True},
 ]
 # Not drawn from: a wrong value of these ends in the test's own datasets or on another device.
@@ -169,4 +170,4 @@ def test_config_of_everything_is_accepted(tmp_path):
                     cfg.MODEL.DEVICE = "meta"
                     Trainer(cfg)
             except ConfigError as e:
-                assert "TEST.AUG" in str(e)
+                assert "TEST.AUG" in str(e) or "TEST.SOFT_NMS" in str(e)

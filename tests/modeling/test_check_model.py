@@ -16,7 +16,7 @@ from detectron2.modeling import (
 )
 
 from panet_d2 import AdaptivePoolingMixin, add_panet_config
-from panet_d2.engine import Trainer
+from panet_d2.engine import Predictor, Trainer
 from panet_d2.errors import ConfigError
 from panet_d2.modeling.check_model import num_classes_node, warn_once
 
@@ -166,3 +166,19 @@ def test_names_for_another_number_of_classes():
     cfg.DATASETS.CATEGORIES = [[7, "a"], [9, "b"]]
     build_model(cfg)
     assert not MetadataCatalog.get("gone").get("thing_classes")
+
+
+def test_the_stock_predictor_ignores_test_time_augmentation(caplog):
+    cfg = tiny_cfg("TEST.AUG.ENABLED", True)
+    DefaultPredictor(cfg)
+    (warning,) = warnings(caplog)
+    assert "TEST.AUG.ENABLED is True" in warning and "panet_d2.engine.Predictor" in warning
+
+
+def test_ours_does_not(caplog, tmp_path):
+    cfg = tiny_cfg("TEST.AUG.ENABLED", True)
+    Trainer.build_model(cfg).eval()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    Predictor(cfg)
+    assert not warnings(caplog)

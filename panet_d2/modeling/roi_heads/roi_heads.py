@@ -9,16 +9,24 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, ROIHeads
 
-from ..._detectron2 import HeadHooks
 from ...config import read_choice
-from ..check_model import TrainingNotice, check_model, heads_that_ask_for_afp, warn_once
+from ...errors import ConfigError
+from ..check_model import (
+    TrainingNotice,
+    check_model,
+    heads_that_ask_for_afp,
+    suppression_keys,
+    warn_once,
+)
 from ..poolers import AdaptiveROIPooler
+from .suppression import SuppressionMixin
 
 
-class AdaptivePoolingMixin(TrainingNotice, HeadHooks):
+class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
     """
     Adds adaptive feature pooling to any heads derived from :class:`StandardROIHeads`, for each
-    branch whose ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's::
+    branch whose ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's, except
+    that ``TEST.SOFT_NMS`` and ``TEST.BOX_VOTING`` can replace NMS::
 
         @ROI_HEADS_REGISTRY.register()
         class MyAdaptiveROIHeads(AdaptivePoolingMixin, MyROIHeads):
@@ -37,7 +45,7 @@ class AdaptivePoolingMixin(TrainingNotice, HeadHooks):
         head = f"ROI_{branch.upper()}_HEAD"
         branch_on = branch == "box" or cfg.MODEL[f"{branch.upper()}_ON"]
         if not branch_on or not read_choice(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
-            return parent(cfg, input_shape)
+            return super().init_head(parent, cfg, input_shape, branch)
         pooler = AdaptiveROIPooler(cfg, input_shape, head)
         # The parent sizes the head by the width of the levels and the pooler's resolution, so give
         # it those after the adaptation layers. Its own pooler has no parameters and is replaced.
@@ -49,7 +57,7 @@ class AdaptivePoolingMixin(TrainingNotice, HeadHooks):
             f: ShapeSpec(channels=shape.channels, stride=input_shape[f].stride)
             for f in cfg.MODEL.ROI_HEADS.IN_FEATURES
         }
-        ret = parent(head_cfg, head_input_shape)
+        ret = super().init_head(parent, head_cfg, head_input_shape, branch)
         ret[f"{branch}_pooler"] = pooler
         return ret
 
@@ -76,8 +84,18 @@ _stock_from_config = ROIHeads.from_config.__func__
 
 def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
     check_model(cfg)
-    name, asked = cfg.MODEL.ROI_HEADS.NAME, heads_that_ask_for_afp(cfg)
-    if issubclass(cls, AdaptivePoolingMixin) and not asked:
+    name, asked, suppression = (
+        cfg.MODEL.ROI_HEADS.NAME,
+        heads_that_ask_for_afp(cfg),
+        suppression_keys(cfg),
+    )
+    if suppression and not issubclass(cls, SuppressionMixin):
+        raise ConfigError(
+            f"{suppression[0]} is True, but MODEL.ROI_HEADS.NAME is {name!r}, which has only NMS; "
+            "set PANetROIHeads or PANetCascadeROIHeads, which are Detectron2's if AFP is not "
+            "enabled, or add AdaptivePoolingMixin to your own heads."
+        )
+    if issubclass(cls, AdaptivePoolingMixin) and not asked and not suppression:
         warn_once(
             f"MODEL.ROI_HEADS.NAME is {name!r}, but no MODEL.ROI_*_HEAD.AFP.ENABLED is True, so "
             "there is no adaptive feature pooling."
