@@ -4,7 +4,8 @@
 # make test-gpu  set up, then run the tests that need a CUDA device; fails where there is none
 # make setup     only set up: .venv with everything in it
 # make lint      only the linters: ruff, codespell and mypy
-# make clean     remove .venv and what the demo wrote
+# make docs      set up, then build the documentation in site/; a warning is an error
+# make clean     remove .venv, site and what the demo wrote
 #
 # PYTHON=python3.11       the Python that .venv is made with
 # VENV=/path/to/env       use this virtual environment instead of .venv
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test test-all test-gpu setup lint clean FORCE
+.PHONY: demo test test-all test-gpu setup lint docs clean FORCE
 
 setup: $(STAMP)
 
@@ -62,6 +63,9 @@ lint: $(STAMP)
 		echo "Skipping mypy: it needs Python 3.11 or later"; \
 	fi
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 test: lint
 	$(BIN)/python -m pytest
 
@@ -86,4 +90,4 @@ demo: $(STAMP) $(DEMO)/model_final.pth
 	@$(BIN)/python -W ignore tools/visualize.py predictions --config-file $(DEMO)/config.yaml --output $(DEMO)/pictures
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv site $(DEMO)
