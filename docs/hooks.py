@@ -76,9 +76,12 @@ def config_reference(source: str) -> str:
         # "(PANet, Sec. 3.1). Enabled by …" is the first paragraph.
         text = text.lstrip("(. ").replace("). ", ". ", 1)
         parts.append(f"## {title.strip()}\n\n{_code(text)}\n")
+        described = keys[0]
         for key in keys:
-            default = key.default.replace('"', "'") if key.default == '""' else key.default
-            parts.append(f"### {key.name}\n\nDefault: `{default}`\n\n{_prose(key.comment)}\n")
+            if key.comment:
+                described = key
+            text = _prose(key.comment) or f"See `{described.name}`."
+            parts.append(f"### {key.name}\n\nDefault: `{key.default}`\n\n{text}\n")
             if f"{HEADS[0]}.AFP" in key.name:
                 others = (f"`{key.name.replace(HEADS[0], head)}`" for head in HEADS[1:])
                 parts.append(f"The same for the other heads: {', '.join(others)}.\n")
