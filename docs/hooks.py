@@ -72,10 +72,12 @@ def config_reference(source: str) -> str:
     """Return the sections and keys of panet_d2/config.py as Markdown."""
     parts = []
     for head, keys in config_keys(source):
-        title, text = re.match(r"([^.(]+)(.*)", " ".join(line.strip() for line in head)).groups()
-        # "(PANet, Sec. 3.1). Enabled by …" is the first paragraph.
-        text = text.lstrip("(. ").replace("). ", ". ", 1)
-        parts.append(f"## {title.strip()}\n\n{_code(text)}\n")
+        # "Title (PANet, Sec. 3.1). Enabled by …": the brackets begin the first paragraph.
+        title, text = re.match(
+            r"(.*?)(?: \(|\. |\.?$)(.*)", " ".join(map(str.strip, head))
+        ).groups()
+        text = text.replace("). ", ". ", 1)
+        parts.append(f"## {title}\n\n{_code(text)}\n")
         described = keys[0]
         for key in keys:
             if key.comment:
@@ -106,8 +108,9 @@ def _prose(comment: List[str]) -> str:
 def _code(text: str) -> str:
     """Put config keys, values in quotes, class names and files into code style."""
     names = r"[A-Z_]{2,}[A-Z0-9_]*(?:\.[A-Z0-9_]+)+|[A-Z]{2,}_[A-Z0-9_]+|[\w/]+\.(?:py|md|yaml)"
-    names += r"|\b(?:build_\w+|panet_d2(?:\.\w+)+|PANet\w*Heads?\b|MaskRCNN\w+)"
-    return re.sub(rf'("[\w ]*"|{names})', r"`\1`", text)
+    classes = r"\b(?:build_\w+|panet_d2(?:\.\w+)+|PANet\w*Heads?\b|MaskRCNN\w+)"
+    value = rf"(?:: (?:\d+|True|False|{classes}))?"
+    return re.sub(rf'("[\w ]*"|(?:{names}){value}|{classes})', r"`\1`", text)
 
 
 # The rest is called by MkDocs.

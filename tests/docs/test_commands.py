@@ -255,3 +255,12 @@ def check_installation(words):
 def test_program(program, here):
     Path("output/config.yaml").write_text(Path("output/cells/config.yaml").read_text())
     exec(program, {"__name__": "__main__"})
+
+
+def test_config_of_getting_started(here, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(here))
+    [text] = code_blocks(ROOT / "docs/getting_started.md", "yaml")
+    Path("own.yaml").write_text(text)
+    cfg = setup_config("own.yaml")
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and cfg.MODEL.ROI_BOX_HEAD.AFP.ENABLED
+    assert cfg.DATASETS.TEST == ["cells_val"]
