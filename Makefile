@@ -7,7 +7,8 @@
 #                and test with them
 # make setup     only set up: .venv with everything in it
 # make lint      only the linters: ruff, codespell and mypy
-# make clean     remove .venv and what the demo wrote
+# make docs      set up, then build the documentation in site/; a warning is an error
+# make clean     remove .venv, site and what the demo wrote
 #
 # PYTHON=python3.11       the Python that .venv is made with
 # VENV=/path/to/env       use this virtual environment instead of .venv
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.panet_d2-installed
 DEMO := output/demo
 
-.PHONY: demo test test-all test-gpu test-downstream setup lint clean FORCE
+.PHONY: demo test test-all test-gpu test-downstream setup lint docs clean FORCE
 
 setup: $(STAMP)
 
@@ -65,6 +66,9 @@ lint: $(STAMP)
 		echo "Skipping mypy: it needs Python 3.11 or later"; \
 	fi
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 test: lint
 	$(BIN)/python -m pytest
 
@@ -96,4 +100,4 @@ demo: $(STAMP) $(DEMO)/model_final.pth
 	@$(BIN)/python -W ignore tools/visualize.py predictions --config-file $(DEMO)/config.yaml --output $(DEMO)/pictures
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv site $(DEMO)

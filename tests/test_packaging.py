@@ -23,8 +23,9 @@ CONFIGS = sorted(
 )
 # What a source distribution is made from. Not the checkout itself: building leaves files in it.
 FILES = ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile"]
-FILES += ["README.md", "pyproject.toml", "setup.py", "train_net.py", ".pre-commit-config.yaml"]
-FOLDERS = ["configs", "datasets", "demo", "experiments", "panet_d2", "requirements"]
+FILES += ["README.md", "mkdocs.yml", "pyproject.toml", "setup.py", "train_net.py"]
+FILES += [".pre-commit-config.yaml"]
+FOLDERS = ["configs", "datasets", "demo", "docs", "experiments", "panet_d2", "requirements"]
 FOLDERS += ["tests", "tools"]
 SCRIPTS = {
     "panet-d2-info": "panet_d2.info:main",
