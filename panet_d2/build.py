@@ -25,16 +25,15 @@ from .modeling.check_model import is_architecture
 
 T = TypeVar("T")
 
-# Code in which an error shows itself, though its caller gave the wrong value.
+# Libraries that raise an error for a wrong value of their caller.
 _LIBRARIES = {"torch", "torchvision", "numpy", "yacs", "fvcore", "iopath", "PIL"}
 _STDLIB = sysconfig.get_path("stdlib")
-# Code that passes on config values. An error in other code is a user's own.
+# Packages that read config values. An error in any other code is a user's own.
 _BUILDERS = {"detectron2", "panet_d2"}
 # Functions that read a value for their caller.
 _ACCESSORS = ("__getattr__", "__getitem__", "get", "read_choice")
 _MOST_LETTERS = 300
-# More keys than these are no help.
-_MOST_KEYS = 8
+_MOST_KEYS = 8  # in a message; more are no help
 
 
 def build(what: str, function: Callable[..., T], cfg: CfgNode, *args: Any) -> T:
@@ -43,8 +42,8 @@ def build(what: str, function: Callable[..., T], cfg: CfgNode, *args: Any) -> T:
 
     Args:
         what (str): what is built, for the message: "the model".
-        function (callable): called as ``function(cfg, *args)``. After an error it is called once
-            more, to see which keys it reads.
+        function (callable): called as ``function(cfg, *args)``. After an error, the function is
+            called once more to record which keys it reads.
         cfg (CfgNode): the config.
         args: more arguments.
 
@@ -93,11 +92,12 @@ def _explain(
     if any(key in text for key, _ in flatten(cfg)):
         return f"{what} cannot be built: {text}"
     reads = _reads(function, cfg, args)
-    # Those that the last reader has read, except where the message has the text of a value.
+    # The keys whose values are in the message, or else the keys that the last reader has read.
     chosen = [r for r in reads if _mentions(text, r.value, str)]
     if not 0 < len(chosen) <= 3:
         chosen = [r for r in reads if r.reader is reads[-1].reader]
-        chosen.sort(key=lambda r: _mentions(text, r.value, (int, float)))  # a number proves less
+        # A number can be in the message by chance.
+        chosen.sort(key=lambda r: _mentions(text, r.value, (int, float)))
         chosen = chosen[-_MOST_KEYS:]
     values = ", ".join(f"{r.key} {r.value!r}" for r in chosen) or "its keys"
     return f"{what} cannot be built with {values}: {text}"
@@ -144,14 +144,14 @@ class _Read(NamedTuple):
 
 
 class _Log(List[_Read]):
-    """Stays the same list when the config that writes to it is copied."""
+    """A list of reads that a config shares with its copies."""
 
     def __deepcopy__(self, memo: Any) -> _Log:
         return self
 
 
 class _RecordingNode(CfgNode):
-    """A config that writes down which values are read, and by which function."""
+    """A config that records which values are read, and by which function."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -174,14 +174,14 @@ class _RecordingNode(CfgNode):
 
 
 def _reads(function: Callable[..., Any], cfg: CfgNode, args: Any) -> List[_Read]:
-    """What the function reads, in order, each key once: where it is read last."""
+    """Return what the function reads, in order. A key counts where it is read last."""
     log = _Log()
     recording = _RecordingNode(cfg)
     recording.record(log)
     try:
         function(recording, *args)
     except Exception:
-        pass  # as before
+        pass  # the error that is being explained
     last_reads: Dict[str, _Read] = {}
     for read in log:
         last_reads.pop(read.key, None)

@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 Categories = List[Tuple[int, str]]  # (dataset's id, name) of each class, in the model's order
 
-# Datasets that are not registered, whose metadata comes from a config.
+# Names of datasets that are not registered and whose metadata comes from a config.
 _from_config: Set[str] = set()
 
 
@@ -45,7 +45,7 @@ def read_categories(cfg: CfgNode) -> Categories:
 
 
 def dataset_categories(name: str) -> Categories:
-    """Return what the metadata of a dataset says, or [] if it has no names or no usable ids."""
+    """Return the categories in a dataset's metadata, or [] without names or usable ids."""
     metadata = MetadataCatalog.get(name)
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
     ids = {number: _as_int(category_id) for category_id, number in numbers.items()}
@@ -61,13 +61,14 @@ def dataset_categories(name: str) -> Categories:
 def resolve_categories(cfg: CfgNode) -> None:
     """
     Set ``DATASETS.CATEGORIES`` from the first dataset of ``DATASETS.TEST`` and ``TRAIN`` that has
-    names. Without one, give the metadata of these datasets the names that the key has.
+    class names. If none has names, add the names in the key to the metadata of these datasets.
 
     Args:
         cfg (CfgNode): changed in place.
 
     Raises:
-        ConfigError: if the key is not a list of (id, name), or its classes are not the dataset's.
+        ConfigError: if the key is not a list of (id, name), or does not match the dataset's
+            classes.
     """
     kept = read_categories(cfg)
     names = list(dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)))
@@ -79,14 +80,14 @@ def resolve_categories(cfg: CfgNode) -> None:
             # A single class cannot be mistaken for another.
             if ours[1] != theirs[1] and len(kept) > 1:
                 raise ConfigError(
-                    f"DATASETS.CATEGORIES: class {number} is {ours[1]!r}, and of dataset {name!r} "
-                    f"{theirs[1]!r}; use the data that the model was trained for, or set the key "
-                    "to [] to train for these classes."
+                    f"DATASETS.CATEGORIES: class {number} is {ours[1]!r}, but in dataset {name!r} "
+                    f"it is {theirs[1]!r}; use a dataset with the model's classes, or set the key "
+                    "to [] to train on the dataset's classes."
                 )
         if kept and len(kept) != len(known[name]):
             raise ConfigError(
-                f"DATASETS.CATEGORIES has {len(kept)} classes, and dataset {name!r} "
-                f"{len(known[name])}; set the key to [] to take the classes from the data."
+                f"DATASETS.CATEGORIES has {len(kept)} classes, but dataset {name!r} has "
+                f"{len(known[name])}; set the key to [] to take the classes from the dataset."
             )
         cfg.DATASETS.CATEGORIES = [list(category) for category in known[name]]
     name_datasets(cfg)
@@ -123,7 +124,7 @@ def forget_names(names: Iterable[str]) -> None:
     """Drop the metadata of these datasets that :func:`name_datasets` took from a config."""
     for name in _from_config.intersection(names):
         _from_config.remove(name)
-        if name not in DatasetCatalog:  # else somebody has registered it since
+        if name not in DatasetCatalog:  # it may have been registered since
             MetadataCatalog.pop(name, None)
 
 
@@ -141,7 +142,7 @@ def model_metadata(cfg: CfgNode) -> Metadata:
 
 
 def _as_int(value: Any) -> Any:
-    """A whole number as an int, such as numpy's or 1.0; anything else as it is."""
+    """Convert a whole number, such as numpy's or 1.0, to int; return anything else unchanged."""
     return int(float(value)) if isinstance(value, Real) and float(value).is_integer() else value
 
 

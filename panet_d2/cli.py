@@ -1,4 +1,4 @@
-"""How the command-line tools end."""
+"""Error messages and exit statuses of the command-line tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional, Tuple, Type
 
 from .errors import PanetError
 
-FAILED = 1  # argparse ends with 2
+FAILED = 1  # argparse exits with 2
 INTERRUPTED = 130  # a shell's status for a program that Ctrl-C ends
 
 # Packages that most uses do not need.
@@ -27,9 +27,11 @@ def run(
     errors: Tuple[Type[Exception], ...] = (PanetError, OSError),
 ) -> int:
     """
-    Run a command-line tool. An error that the user can fix, also a missing package of a few,
-    becomes one sentence on stderr, or a traceback if the environment variable ``PANET_D2_DEBUG`` is
-    1. Others keep their traceback.
+    Run a command-line tool.
+
+    An error that the user can fix, such as a missing optional package, becomes one sentence on
+    stderr. With the environment variable ``PANET_D2_DEBUG=1``, and for all other errors, Python
+    prints the traceback.
 
     Args:
         main (callable): the tool. It returns an exit status, or None for 0.

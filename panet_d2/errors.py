@@ -9,8 +9,8 @@ class PanetError(Exception):
     def __init__(self, message: str = ""):
         """
         Args:
-            message (str): the sentence. A data loader's worker passes on its errors with the whole
-                traceback in the message; only the sentence is kept.
+            message (str): the sentence. A data loader's worker adds its traceback to the message;
+                only the sentence is kept.
         """
         if message.startswith("Caught ") and "\nOriginal Traceback" in message:
             message = message.rpartition(f".{type(self).__name__}: ")[2].rstrip()
@@ -22,7 +22,7 @@ class ConfigError(PanetError, ValueError):
 
 
 class DataError(PanetError, ValueError):
-    """A dataset, an image or another input that cannot be used. The message names the file."""
+    """A dataset, image or other input that cannot be used. The message names the file."""
 
 
 class CheckpointError(PanetError, ValueError):

@@ -27,12 +27,14 @@ ENVIRONMENT = ("DETECTRON2_DATASETS", "PANET_D2_CACHE", "PANET_D2_DEBUG", "PANET
 
 def collect_info() -> Dict[str, Optional[str]]:
     """
-    Return versions, each device and its RoIAlign ("triton", "cpu" or "reference", with the reason
-    if the Triton kernels fail their check), and the variables in :data:`ENVIRONMENT`, None if they
-    are not set.
+    Collect versions, devices, the RoIAlign of each device and the variables in :data:`ENVIRONMENT`.
+
+    Returns:
+        dict[str, str or None]: by name. A RoIAlign is "triton", "cpu" or "reference", with the
+        reason if the Triton kernels fail their check. A variable that is not set is None.
 
     Raises:
-        ConfigError: if ``PANET_D2_ROI_ALIGN`` is unknown.
+        ConfigError: if the value of ``PANET_D2_ROI_ALIGN`` is unknown.
     """
     info: Dict[str, Optional[str]] = {
         "panet_d2": __version__,
@@ -52,7 +54,7 @@ def collect_info() -> Dict[str, Optional[str]]:
     for device, name in devices.items():
         info[device] = name
         chosen = _roi_align(torch.zeros(1, 1, 1, 1).to(device))
-        # The CPU's does not depend on the type.
+        # On the CPU, the RoIAlign does not depend on the type.
         by_type = ", ".join(f"{dtype}: {how}" for dtype, how in chosen.items())
         info[f"RoIAlign on {device}"] = chosen["float32"] if device == "cpu" else by_type
     info.update((f"${variable}", os.environ.get(variable)) for variable in ENVIRONMENT)

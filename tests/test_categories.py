@@ -71,7 +71,7 @@ def test_other_order_of_classes(cfg):
 
 def test_other_number_of_classes(cfg):
     cfg.DATASETS.CATEGORIES = NAMES[:2]
-    with pytest.raises(ConfigError, match="DATASETS.CATEGORIES has 2 classes.*'named_squares' 3"):
+    with pytest.raises(ConfigError, match="CATEGORIES has 2 classes.*'named_squares' has 3"):
         setup_datasets(cfg)
     cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = [], 5
     with pytest.raises(ConfigError, match="NUM_CLASSES is 5, but DATASETS.CATEGORIES has 2"):

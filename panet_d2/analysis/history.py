@@ -1,4 +1,4 @@
-"""The ``metrics.json`` that a training run writes."""
+"""Read the ``metrics.json`` that a training run writes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Dict, List
 
 def read_history(path: str) -> List[dict]:
     """
-    Return the lines of a run's ``metrics.json``, in order. A line that was cut off, as when the
-    disk was full, is left out.
+    Return the lines of a run's ``metrics.json``, in order. Incomplete lines, such as those of a
+    full disk, are left out.
     """
     history = []
     with open(path, encoding="utf-8", errors="replace") as f:
@@ -22,8 +22,8 @@ def read_history(path: str) -> List[dict]:
 
 def losses(history: List[dict]) -> Dict[int, dict]:
     """
-    Select the lines with losses, by number of finished steps. If a resumed run repeated a step,
-    its later line is kept.
+    Select the lines with losses, by number of finished steps. If a resumed run repeated a step, the
+    later line is kept.
     """
     lines = {line["iteration"] + 1: line for line in history if "total_loss" in line}
     return dict(sorted(lines.items()))

@@ -1,4 +1,4 @@
-"""What the parts of a trained PANet contribute."""
+"""Measure what the parts of a trained model contribute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .matching import ground_truth, object_recall
 
 
 def _roi_heads(model: nn.Module) -> nn.Module:
-    """The model's ROI heads, or an empty module for a model without, such as RetinaNet."""
+    """Return the model's ROI heads, or an empty module if it has none, such as RetinaNet."""
     return getattr(model, "roi_heads", None) or nn.Module()
 
 
@@ -40,13 +40,13 @@ def level_shares(
     Args:
         model (GeneralizedRCNN): a PANet whose poolers fuse by "max".
         inputs (iterable[list[dict]]): batches of images, the model's input at inference.
-        proposals (int): number of proposals of each image, by falling objectness.
+        proposals (int): number of proposals per image, those with the highest objectness.
 
     Returns:
         dict[str, Tensor]: a table of shape (L, L + 1) for each pooler with max fusion, by its name
         in :func:`adaptive_poolers`. Row i is for the proposals that FPN assigns to level i: the
-        share of features from each level, then the number of proposals. Shares add up to 1; they
-        are NaN without proposals. Features that are 0 on all levels are not counted.
+        share of features from each level, then the number of proposals. Shares add up to 1, or are
+        NaN without proposals. Features that are 0 on all levels are not counted.
     """
     poolers = {n: p for n, p in adaptive_poolers(_roi_heads(model)).items() if p.fusion == "max"}
     if not poolers:
@@ -89,13 +89,13 @@ def mask_paths(
         (M, S, S). The model predicts their sum.
 
     Raises:
-        ConfigError: if the model has no fully-connected path.
+        ConfigError: if the mask head has no fully-connected fusion.
     """
     head = getattr(_roi_heads(model), "mask_head", None)
     if not (isinstance(head, PANetMaskHead) and head.fc_fusion_on):
         raise ConfigError(
-            "the mask head has no fully-connected path: MODEL.ROI_MASK_HEAD.NAME must be "
-            "PANetMaskHead and FC_FUSION.ENABLED True."
+            "the mask head has no fully-connected fusion: MODEL.ROI_MASK_HEAD.NAME must be "
+            "PANetMaskHead, and MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED must be True."
         )
     model.eval()
     features = model.backbone(model.preprocess_image([image]).tensor)
@@ -126,7 +126,7 @@ def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str
     heads = {n: m for n, m in modules if isinstance(m, FastRCNNConvFCHead)}
     if not heads:
         raise ConfigError(
-            "the model has no box head of the class FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)."
+            "the model has no box head of class FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)."
         )
     alive: Dict[str, torch.Tensor] = {}
 
@@ -147,8 +147,8 @@ def evaluate_true_boxes(
     cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str
 ) -> Dict[str, float]:
     """
-    Compute the mask AP with ground-truth boxes and classes and scores of 1, so that only the masks
-    can be wrong.
+    Compute the mask AP with ground-truth boxes and classes. All scores are 1, so that only the
+    masks can be wrong.
 
     Args:
         cfg (CfgNode): how images are resized and loaded.
@@ -174,7 +174,7 @@ def evaluate_true_boxes(
     if not most:
         raise DataError(f"dataset {dataset_name!r} has no objects.")
 
-    def true_boxes(image: dict) -> Instances:
+    def ground_truth_boxes(image: dict) -> Instances:
         size = height, width = image["image"].shape[1:]
         target = annotations_to_instances(objects[image["image_id"]], size)
         target.gt_boxes.scale(width / image["width"], height / image["height"])
@@ -182,7 +182,7 @@ def evaluate_true_boxes(
         found.scores = torch.ones(len(target))
         return found
 
-    return _evaluate_masks(cfg, model, dataset_name, true_boxes, most)
+    return _evaluate_masks(cfg, model, dataset_name, ground_truth_boxes, most)
 
 
 def evaluate_boxes_of(
@@ -201,8 +201,8 @@ def evaluate_boxes_of(
         dict[str, float]: see :func:`evaluate_true_boxes`.
 
     Raises:
-        ConfigError: if the model predicts no masks, or the other model has no ROI heads or another
-            number of classes.
+        ConfigError: if the model predicts no masks, if the other model has no ROI heads, or if the
+            numbers of classes differ.
     """
     _check_masks(model)
     ours, theirs = (getattr(_roi_heads(m), "num_classes", None) for m in (model, other))
@@ -210,7 +210,7 @@ def evaluate_boxes_of(
         raise ConfigError("the other model has no ROI heads.")
     if ours != theirs:
         raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, and {theirs} in the other model; they must be "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, but {theirs} in the other model; both must be "
             "the same."
         )
     other.eval()
@@ -229,7 +229,7 @@ def _check_masks(model: nn.Module) -> None:
 def _evaluate_masks(
     cfg: CfgNode, model: GeneralizedRCNN, name: str, given: Callable[[dict], Instances], most: int
 ) -> Dict[str, float]:
-    """Mask AP in boxes that are given for each input image, ``most`` at most."""
+    """Compute the mask AP in given boxes, at most ``most`` per image."""
 
     def predict(batch: List[dict]) -> List[dict]:
         # Not model.inference, because that of a PanopticFPN takes no boxes.
@@ -246,18 +246,18 @@ def _evaluate_masks(
 
 @torch.no_grad()
 def detection_stages(
-    cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str, iou_threshold: float = 0.5
+    cfg: CfgNode, model: GeneralizedRCNN, dataset_name: str
 ) -> Dict[str, Dict[str, float]]:
     """
-    Compute the recall of objects after each stage of the model. A stage whose recall is far below
-    the one before loses objects. If the last recall is high and the AP is low, the causes are
-    false positives and scores.
+    Compute the recall of objects at an IoU of 0.5 after each stage of the model.
+
+    A stage loses objects if its recall is far below that of the stage before. If the last recall is
+    high but the AP is low, the causes are false positives and scores.
 
     Args:
         cfg (CfgNode): how images are resized and loaded.
         model (GeneralizedRCNN): has a proposal generator.
         dataset_name (str): a registered dataset in COCO format.
-        iou_threshold (float): the lowest IoU of a match.
 
     Returns:
         dict[str, dict[str, float]]: the result of :func:`object_recall` for "proposals", for
@@ -289,7 +289,7 @@ def detection_stages(
             proposed += instances_to_coco_json(found, image["image_id"])
     for result in (*proposed, *detected):
         result["category_id"] = category_ids[result["category_id"]]
-    recall = partial(object_recall, coco, iou_threshold=iou_threshold)
+    recall = partial(object_recall, coco)
     any_class = partial(recall, use_categories=False)
     stages = {"proposals": any_class(proposed, "bbox"), "boxes": any_class(detected, "bbox")}
     has_masks = getattr(_roi_heads(model), "mask_on", False)

@@ -1,4 +1,4 @@
-"""Match COCO results with the ground truth and count what is found."""
+"""Match COCO results with the ground truth, and compute recall and AP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImageMatch:
 
     @property
     def error_rate(self) -> float:
-        """False positives and missed objects as a share of all entries: 0 is perfect, 1 worst."""
+        """False positives and missed objects as a share of all entries: 0 is best, 1 is worst."""
         wrong = len(self.false_positives) + len(self.missed)
         return wrong / max(wrong + len(self.found), 1)
 
@@ -38,7 +38,7 @@ def ground_truth(name: str) -> COCO:
     Raises:
         DataError: if the dataset is not in COCO format.
     """
-    DatasetCatalog.get(name)  # creates a dataset that is generated on first use
+    DatasetCatalog.get(name)  # writes the files of a dataset that is generated on first use
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is None:
         raise DataError(f"dataset {name!r} has no annotation file in COCO format.")
@@ -50,7 +50,8 @@ def match_predictions(
     coco: COCO, results: List[dict], score_threshold: float = 0.5, iou_threshold: float = 0.5
 ) -> Dict[int, ImageMatch]:
     """
-    Match as the COCO evaluation does: within a category, by falling score, each object once.
+    Match predictions with objects as the COCO evaluation does: within a category, by falling score,
+    each object once.
 
     Args:
         coco (COCO): the ground truth.
@@ -123,11 +124,13 @@ def average_precision(
     coco: COCO, results: List[dict], iou_type: str = "segm", max_detections: int = 100
 ) -> Dict[str, float]:
     """
+    Compute the AP of predictions.
+
     Args:
         coco (COCO): the ground truth.
         results (list[dict]): predictions in COCO's result format.
         iou_type (str): "segm" or "bbox".
-        max_detections (int): evaluate this many predictions of an image, by falling score.
+        max_detections (int): number of predictions per image that are evaluated, by falling score.
 
     Returns:
         dict[str, float]: AP (mean over IoU 0.5 to 0.95), AP50 and AP75, in percent; NaN if the
@@ -148,25 +151,22 @@ def average_precision(
 
 
 def precision_recall(
-    coco: COCO,
-    results: List[dict],
-    iou_type: str = "segm",
-    max_detections: int = 100,
-    iou_threshold: float = 0.5,
+    coco: COCO, results: List[dict], iou_type: str = "segm", max_detections: int = 100
 ) -> Tuple[np.ndarray, np.ndarray]:
     """
+    Compute the precision-recall curve of predictions at an IoU of 0.5.
+
     Args:
         coco, results, iou_type, max_detections: see :func:`average_precision`.
-        iou_threshold (float): the lowest IoU of a match.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: recalls from 0 to 1 and the precision at each recall, as a
-        mean over the categories that have objects.
+        tuple[np.ndarray, np.ndarray]: recalls from 0 to 1, and the precision at each recall. The
+        precision is the mean over the categories that have objects.
 
     Raises:
         DataError: if an image of the results is not in ``coco``.
     """
-    evaluator = _evaluate(coco, results, iou_type, max_detections, iouThrs=[iou_threshold])
+    evaluator = _evaluate(coco, results, iou_type, max_detections, iouThrs=[0.5])
     precision = evaluator.eval["precision"][0, ..., 0, -1]  # by recall and category
     known = precision[:, (precision > -1).all(axis=0)]
     return evaluator.params.recThrs, known.mean(axis=1)
@@ -178,7 +178,9 @@ def _evaluate(
     """Run COCO's evaluation; ``params`` replace those of pycocotools."""
     unknown = {result["image_id"] for result in results} - set(coco.getImgIds())
     if unknown:
-        raise DataError(f"results are of images that are not in the dataset: {min(unknown)}, …")
+        raise DataError(
+            f"the results name images that are not in the dataset, such as {min(unknown)}."
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluator = COCOeval(coco, found, iou_type)

@@ -24,8 +24,10 @@ def draw_comparison(
     image: np.ndarray, annotations: List[dict], match: ImageMatch, coco: COCO
 ) -> np.ndarray:
     """
-    Draw the ground truth on the left and the predictions on the right: found objects (green) with
-    the wrong pixels of their masks (magenta), false positives (red) and missed objects (yellow).
+    Draw the ground truth on the left and the predictions on the right.
+
+    Predictions are found objects (green) with the wrong pixels of their masks (magenta), false
+    positives (red) and missed objects (yellow).
 
     Args:
         image (np.ndarray): RGB, uint8, shape (H, W, 3).
@@ -47,7 +49,7 @@ def draw_comparison(
     right = left.copy()
     _draw(left, masks(annotations), _GROUND_TRUTH, fill=0.15)
     found = masks(match.found)
-    wrong = [prediction ^ truth for prediction, truth in zip(found, masks(match.objects))]
+    wrong = [prediction ^ target for prediction, target in zip(found, masks(match.objects))]
     _draw(right, found, _FOUND)
     _draw(right, wrong, _WRONG, fill=0.6, outline=False)
     _draw(right, masks(match.false_positives), _FALSE)
@@ -69,17 +71,18 @@ def draw_comparison(
 
 def annotation_mask(entry: dict, size: Tuple[int, int]) -> np.ndarray:
     """
+    Return the mask of an annotation or prediction.
+
     Args:
-        entry (dict): an annotation or a prediction in COCO format, with polygons or RLE. Without a
-            mask, the whole box is the mask.
+        entry (dict): an annotation or prediction in COCO format, with polygons or RLE. Without a
+            mask, the box is the mask.
         size (tuple[int, int]): height and width of the image.
 
     Returns:
         np.ndarray: uint8, 0 and 1, shape (height, width).
     """
     if entry.get("segmentation"):
-        # Imports cv2.
-        from detectron2.utils.visualizer import GenericMask
+        from detectron2.utils.visualizer import GenericMask  # imports cv2
 
         return GenericMask(entry["segmentation"], *size).mask
     mask = np.zeros(size, np.uint8)
@@ -109,7 +112,7 @@ def _draw(
 
 
 def _text(canvas: np.ndarray, text: str, at: Tuple[int, int], color: _Color) -> int:
-    """Write with a dark outline, readable on any background; return the width in pixels."""
+    """Write text with a dark outline, readable on any background; return its width in pixels."""
     import cv2
 
     # OpenCV 5 spaces thicker letters more widely, so a thick black text cannot be the outline.
@@ -129,7 +132,7 @@ def _text_width(text: str) -> int:
 def _label(
     canvas: np.ndarray, entries: Dict[_Color, List[dict]], names: Dict[int, str], factor: int
 ) -> None:
-    """Write category and score above each box, in a free line, in a light tone of the color."""
+    """Write category and score above each box, where no other label is, in a light color."""
     height, width = canvas.shape[:2]
     taken: List[Tuple[int, int, int]] = []  # left, right and baseline of each label
     for color, entry in ((color, entry) for color, group in entries.items() for entry in group):

@@ -28,7 +28,7 @@ def save_figure(figure: Figure, path: str) -> None:
 
 
 def plot_level_shares(shares: Dict[str, torch.Tensor], names: Sequence[str], path: str) -> None:
-    """Plot :func:`panet_d2.analysis.level_shares` as PNG; ``names`` are the levels, fine first."""
+    """Plot :func:`panet_d2.analysis.level_shares` as PNG. The finest of ``names`` is first."""
     size = (5 * len(shares), 4)
     figure, axes = pyplot().subplots(1, len(shares), figsize=size, squeeze=False)
     for axis, (pooler, table) in zip(axes[0], shares.items()):
@@ -81,24 +81,23 @@ def draw_mask_paths(
     masks: Sequence[np.ndarray],
     fcn: Sequence[torch.Tensor],
     fc: Sequence[torch.Tensor],
-    side: int = 160,
 ) -> np.ndarray:
     """
-    Draw one row for each object: the image, then the mask probabilities of the FCN path, of the
-    fully-connected path and of their sum, all with the outline of the ground truth.
+    Draw one row per object: the image, then the mask probabilities of the FCN path, of the
+    fully-connected path and of their sum. Each panel has the outline of the ground truth.
 
     Args:
         crops (sequence[np.ndarray]): the images within the boxes, RGB, uint8.
         masks (sequence[np.ndarray]): ground-truth masks of the crops, uint8, 0 and 1.
         fcn, fc (sequence[Tensor]): logits of shape (S, S), see
             :func:`panet_d2.analysis.mask_paths`.
-        side (int): width and height of each panel, in pixels.
 
     Returns:
         np.ndarray: RGB, uint8.
     """
     import cv2
 
+    side = 160  # of each panel, in pixels
     titles = ("image and ground truth", "FCN path", "fully-connected path", "sum")
     bar = np.full((24, len(titles) * (side + 4), 3), 40, np.uint8)
     for i, title in enumerate(titles):

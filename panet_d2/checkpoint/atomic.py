@@ -1,4 +1,4 @@
-"""Atomic writing of local files: a new file is complete, or the old one stays."""
+"""Atomic writing of local files: the new file is complete, or the old file stays."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 @contextmanager
 def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Open a local file for writing. The new content gets the file's name when the block ends without
-    an error. Until then, and after an error, the old file stays.
+    Open a local file for writing. The new content replaces the file when the block ends without an
+    error. Until then, and after an error, the old file stays.
 
     Args:
         path (str): the file.
@@ -26,7 +26,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())  # otherwise the name can reach the disk before the content
+            os.fsync(f.fileno())  # otherwise the new name can reach the disk before the content
         os.replace(unfinished, path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -35,7 +35,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 class AtomicPathManager:
-    """Wrap a path manager of ``iopath``, and write local files with :func:`atomic_open`."""
+    """A path manager of ``iopath`` that writes local files with :func:`atomic_open`."""
 
     def __init__(self, path_manager: Any):
         self._path_manager = path_manager

@@ -1,4 +1,4 @@
-"""Calibration of adaptation layers that are copies of one layer, as after a warm start."""
+"""Calibration of adaptation layers that a warm start has copied from one layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..layers import LevelwiseConv2d, LevelwiseLinear
 from ..modeling import PAFPN, AdaptiveROIPooler, adaptive_poolers
 
-_PROPOSALS = 64  # of each image, those of the highest objectness: mostly objects
-_PIXELS = 8  # of each grid, because the pixels of one grid are similar
+_PROPOSALS = 64  # per image, those with the highest objectness: mostly objects
+_PIXELS = 8  # per grid, because the pixels of one grid are similar
 _STEPS, _ROWS, _LEARNING_RATE = 400, 2048, 0.02
 
 
@@ -24,21 +24,21 @@ def calibrate(
     names: Optional[Collection[str]] = None,
 ) -> Dict[str, float]:
     """
-    Fit one scale and one shift per level and output channel of the adaptation layers, by least
-    squares on proposals of real images. The target is the output of the donor's layer for the
-    level that FPN's rule assigns to each proposal.
+    Fit one scale and one shift per level and output channel of the adaptation layers.
 
-    A warm start copies the donor's first layer into every level. The donor's next layers were
-    trained with the output for one level, but the maximum over all levels is larger.
+    A warm start copies the first layer of a Mask R-CNN's head (the donor's layer) into every level.
+    The next layers were trained with the output for one level, but the maximum over all levels is
+    larger. The fit is by least squares on proposals of real images. The target is the output of the
+    donor's layer for the level that FPN's rule assigns to each proposal.
 
     Args:
-        model (GeneralizedRCNN): a PANet whose adaptation layers are such copies. Changed in place.
+        model (GeneralizedRCNN): a PANet after :func:`warm_start`. Changed in place.
         inputs (iterable[list[dict]]): batches of images in the model's format for inference.
         names (collection[str] or None): the poolers to calibrate, such as "mask_pooler". None
-            means all that have adaptation layers.
+            means all poolers with adaptation layers.
 
     Returns:
-        dict[str, float]: for each pooler, the squared error of the fused output that remains, as a
+        dict[str, float]: for each pooler, the remaining squared error of the fused output, as a
         share of the target's variance.
     """
     poolers = adaptive_poolers(model.roi_heads)
@@ -51,7 +51,7 @@ def calibrate(
         with torch.no_grad():
             images = model.preprocess_image(batch)
             features = model.backbone(images.tensor)
-            # The donor's heads read the FPN's levels, before the bottom-up path.
+            # The donor's heads read FPN's levels, before the bottom-up path.
             fpn = features
             if isinstance(model.backbone, PAFPN):
                 fpn = FPN.forward(model.backbone, images.tensor)
@@ -76,7 +76,7 @@ def _rows(
     donors: List[torch.Tensor],
     boxes: List[Boxes],
 ) -> torch.Tensor:
-    """Outputs of the levels' layers for some pixels, then the donor's, of shape (L + 1, N, D)."""
+    """Return outputs of the levels' layers, then the target, at some pixels: (L + 1, N, D)."""
     levels, expected = (pooler.adapt(pooler.pool_levels(x, boxes)) for x in (ours, donors))
     home = pooler.fpn_levels(boxes)
     expected = expected[home, torch.arange(len(home), device=home.device)].relu()
@@ -91,10 +91,10 @@ def _rows(
 def _fit(
     pooler: AdaptiveROIPooler, levels: torch.Tensor, expected: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor, float]:
-    """Scale and shift, (L, D), that bring the fused levels near to ``expected``, and the error."""
+    """Return scale and shift, (L, D), that fit the fused levels to ``expected``, and the error."""
     spread = expected.std(dim=0)
     spread = spread.clamp(min=1e-2 * spread.mean().item() + 1e-12)  # some channels are never active
-    # All levels start equal, so the fit finds out which of them matter.
+    # All levels start equal, so that the fit finds out which of them matter.
     scale = torch.ones_like(levels[:, 0]).requires_grad_()
     shift = torch.zeros_like(scale).requires_grad_()
     optimizer = torch.optim.Adam([scale, shift], lr=_LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from other projects, from file to file."""
+"""Conversion of checkpoint files from other projects."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def convert(
         Conversion: the weights and the account of every tensor.
 
     Raises:
-        CheckpointError: if the source cannot be read or does not fit the config, or ``output`` does
-            not end in ``.pth``.
+        CheckpointError: if the source cannot be read or does not match the config, or ``output``
+            does not end in ``.pth``.
         ConfigError: if the model cannot be built.
         OSError: if the output cannot be written.
     """
@@ -76,7 +76,7 @@ def convert(
 
 
 def _calibrate(result: Conversion, cfg: CfgNode, inputs: Iterable[List[dict]]) -> None:
-    """Calibrate the copied layers of a warm start, and note it in the account."""
+    """Calibrate the copied layers of a warm start, and note the calibration in the account."""
     model = build("the model", build_model, cfg)
     model.load_state_dict(result.state)
     copied = {row.target.split(".")[1] for row in result.rows if row.action == "copied"}

@@ -1,4 +1,4 @@
-"""Start of a PANet from a Detectron2 Mask R-CNN with FPN."""
+"""Start a PANet from the weights of a Detectron2 Mask R-CNN with FPN."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 from ..errors import CheckpointError
 from .rules import Conversion, Tensors
 
-# The head's layers whose first one the adaptation layer replaces, by the number of dimensions of
-# their weight: 4 for a conv, 2 for an fc layer.
+# The adaptation layer replaces the first of these layers of a head. The key has the number of
+# dimensions of the weight: 4 for a conv, 2 for an fc layer.
 _STEMS = {
     ("box", 4): "roi_heads.box_head.conv",
     ("box", 2): "roi_heads.box_head.fc",
     ("mask", 4): "roi_heads.mask_head.mask_fcn",
     ("keypoint", 4): "roi_heads.keypoint_head.conv_fcn",
 }
-_SMALL = 0.01  # instead of 0, where a ReLU has no gradient
+_SMALL = 0.01  # not 0, where a ReLU has no gradient
 _GROUPS = 32  # of Detectron2's GroupNorm
 
 
@@ -37,8 +37,8 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     - The linear layer of fully-connected fusion is zero, so the masks are those of the FCN path.
       The layer learns, because its input is not zero.
 
-    A box head that begins with convs and one without convs do not fit: their layers of the same
-    name read different inputs. The PANet's box head then trains from scratch.
+    The box heads do not match if only one of them begins with convs, because layers of the same
+    name then read different inputs. In this case, the PANet's box head trains from scratch.
 
     Args:
         source (dict[str, Tensor]): weights of the Mask R-CNN, by Detectron2's names.
@@ -56,7 +56,7 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
         raise CheckpointError(
             "not a Detectron2 Mask R-CNN with FPN; no name starts with backbone.fpn_lateral."
         )
-    # Names of the adaptation layers, by the stem of the layers whose first one they replace.
+    # Names of the adaptation layers, by the names of the head's layers in _STEMS.
     pattern = r"(roi_heads\.(\w+)_pooler\.adaptation_layers)\.weight"
     matches = filter(None, (re.fullmatch(pattern, name) for name in model))
     adaptations = {_STEMS[m[2], model[m[0]].dim()]: m[1] for m in matches}
@@ -96,7 +96,7 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
 
 
 def _start(name: str, model: Tensors, donor: Tensors, fc_relu: bool) -> Tuple[torch.Tensor, str]:
-    """The first value of a tensor that the donor does not have, and a note on it."""
+    """Return the initial value of a tensor that the Mask R-CNN does not have, and a note."""
     value = model[name]
     match = re.fullmatch(r"(backbone\.pafpn_(\w+)(\d)\.)(norm\.)?(weight|bias)", name)
     if match:
@@ -105,10 +105,10 @@ def _start(name: str, model: Tensors, donor: Tensors, fc_relu: bool) -> Tuple[to
         if step == "output" and norm and f"{layer}norm.running_mean" not in model:
             return _restoring_norm(level, kind, donor), "restores what the norm removes"
         if step == "output" and not norm and kind == "weight":
-            return nn.init.dirac_(torch.empty_like(value)), "passes its input on"
-        # A norm cancels the scale of the conv before it, so its own scale is set instead.
+            return nn.init.dirac_(torch.empty_like(value)), "the identity"
+        # A norm cancels the scale of the conv before it, so the norm's scale is set instead.
         if step == "downsample" and kind == "weight" and bool(norm) == has_norm:
-            return _SMALL * value, "a hundredth of its random start"
+            return _SMALL * value, "a hundredth of its initial value"
     if name.endswith("fc_fusion.fc.weight"):
         return torch.zeros_like(value), "adds nothing to the masks"
     if name.endswith("fc_fusion.fc.bias"):
@@ -117,7 +117,7 @@ def _start(name: str, model: Tensors, donor: Tensors, fc_relu: bool) -> Tuple[to
 
 
 def _restoring_norm(level: str, kind: str, donor: Tensors) -> torch.Tensor:
-    """The weight or bias of N(i)'s GroupNorm that restores the spread or mean of P(i)."""
+    """Return the weight or bias of N(i)'s GroupNorm that restores the spread or mean of P(i)."""
     fpn = f"backbone.fpn_output{level}.norm"
     scale, shift = (donor[f"{fpn}.{k}"].view(_GROUPS, -1) for k in ("weight", "bias"))
     # The norm sets each group of channels to mean 0 and variance 1. P(i) comes out of a GroupNorm

@@ -1,4 +1,4 @@
-"""mmdetection's Faster R-CNN and Mask R-CNN with PAFPN, by their names (version 3)."""
+"""Conversion rules for Faster R-CNN and Mask R-CNN with PAFPN of mmdetection 3."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def _resnet() -> List[Rule]:
 
 def mmdet_rules() -> List[Rule]:
     """
-    Returns:
-        list[Rule]: for all names of these models. Classes keep their order, because background is
-        the last class in both projects.
+    Return the rules for all names of these models. Classes keep their order, because background is
+    the last class in both projects.
     """
     rpn, box, mask = "proposal_generator.rpn_head.", "roi_heads.box_", "roi_heads.mask_head."
     layers = {

@@ -1,4 +1,4 @@
-"""The authors' released checkpoints (github.com/ShuLiu1993/PANet), by their names."""
+"""Conversion rules for the authors' released checkpoints (github.com/ShuLiu1993/PANet)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KIND = r"(weight|bias)"
 
 
 def _layer(prefix: str, target: str, index: str = "") -> List[Rule]:
-    """Rules for a layer, or for a layer and its norm: parts 0 and 1 of an nn.Sequential."""
+    """Return rules for a layer, or for a layer and its norm: parts 0 and 1 of an nn.Sequential."""
     return [
         Rule(rf"{prefix}(?:\.0)?\.{_KIND}", rf"{target}.\1{index}"),
         Rule(rf"{prefix}\.1\.{_KIND}", rf"{target}.norm.\1{index}"),
@@ -21,12 +21,12 @@ def _layer(prefix: str, target: str, index: str = "") -> List[Rule]:
 
 
 def _levelwise(prefix: str, target: str) -> List[Rule]:
-    """Rules for one layer per level. The four layers become the parts of one."""
+    """Return rules for one layer per level. The four layers become the parts of one layer."""
     return [rule for i in range(4) for rule in _layer(rf"{prefix}\.{i}", target, f"[{i}]")]
 
 
 def _stacked(prefix: str, target: str) -> List[Rule]:
-    """Rules for conv, norm, ReLU, conv, norm, ReLU, … in one nn.Sequential."""
+    """Return rules for conv, norm, ReLU, conv, norm, ReLU, … in one nn.Sequential."""
     return [
         Rule(rf"{prefix}\.{3 * i + part}\.{_KIND}", rf"{target}{i + 1}.{norm}\1")
         for i in range(3)
@@ -36,7 +36,7 @@ def _stacked(prefix: str, target: str) -> List[Rule]:
 
 def _neck() -> List[Rule]:
     layers = {"conv_top": "fpn_lateral5", r"posthoc_modules\.0": "fpn_output5"}
-    # The FPN's lists begin with the coarsest level, those of the bottom-up path with N2 to N3.
+    # FPN's lists begin with the coarsest level, those of the bottom-up path with N2 to N3.
     for i in range(3):
         layers[rf"topdown_lateral_modules\.{i}\.conv_lateral"] = f"fpn_lateral{4 - i}"
         layers[rf"posthoc_modules\.{i + 1}"] = f"fpn_output{4 - i}"
@@ -64,10 +64,7 @@ def _resnet() -> List[Rule]:
 
 
 def release_rules() -> List[Rule]:
-    """
-    Returns:
-        list[Rule]: for all names in the three released models, and in single modules of them.
-    """
+    """Return the rules for all names in the three released models and in single modules of them."""
     rpn, box, mask = "proposal_generator.rpn_head.", "roi_heads.box_", "roi_heads.mask_"
     return [
         *_neck(),

@@ -27,8 +27,8 @@ class Rule:
         pattern (str): regular expression.
         target (str or None): the new name, with ``\\1`` for the first group of the pattern. None
             leaves the tensor out. A name with an index, such as ``layers.weight[2]``, is a part
-            of a tensor; the parts are concatenated along the first axis.
-        transform (callable or None): from the tensor to the one that is stored.
+            of a tensor. The parts are concatenated along the first axis.
+        transform (callable or None): computes the stored tensor from the tensor.
         note (str): what the transform does, or why the tensor is left out.
     """
 
@@ -61,7 +61,7 @@ class Conversion:
     ) -> None:
         """Store a tensor; raise a CheckpointError if its name is taken."""
         if target in self.state:
-            raise CheckpointError(f"{source} becomes {target}, and so does another tensor.")
+            raise CheckpointError(f"{source} and another tensor both become {target}.")
         self.state[target] = tensor
         self.rows.append(Row(action, source, target, tuple(tensor.shape), note))
 
@@ -112,7 +112,7 @@ def apply_rules(
 
     Args:
         source (dict[str, Tensor]): the weights to convert.
-        rules (sequence[Rule]): the first that matches a name decides.
+        rules (sequence[Rule]): the first rule that matches a name decides.
         allow_unmatched (sequence[str]): shell patterns of names that may match no rule.
 
     Returns:
@@ -140,8 +140,8 @@ def apply_rules(
             result.put("carried", name, match.expand(rule.target), value, rule.note)
     if unmatched:
         raise CheckpointError(
-            f"no rule fits {len(unmatched)} names: {join_names(unmatched)}. "
-            "--allow-unmatched PATTERN leaves them out."
+            f"no rule matches {len(unmatched)} names: {join_names(unmatched)}; leave them out "
+            "with --allow-unmatched PATTERN."
         )
     result.join_parts()
     return result
@@ -162,7 +162,7 @@ def save_whole(state: Tensors, path: str, author: str) -> None:
     """
     if not path.endswith(".pth"):
         raise CheckpointError(f"the output is {path!r}; it must end in .pth.")
-    # torch.save writes all of the tensor that a view belongs to, so views are cloned.
+    # torch.save writes the full storage of a view, so views are cloned.
     state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
     with atomic_open(path, "wb") as f:
         torch.save({"model": state, "__author__": author}, f)

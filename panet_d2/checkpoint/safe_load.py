@@ -1,4 +1,4 @@
-"""The one reader of checkpoints, own and foreign: no code in the file is run."""
+"""Load checkpoints without running code from the file."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _LAYOUTS = ("model", "state_dict", "model_state_dict", "ema")
 
 
 class _NotData:
-    """Takes the place of an object whose class is not data. It ignores what the file does to it."""
+    """Placeholder for an object whose class is not data. All operations on it are ignored."""
 
     origin = ""  # the full name of the class
     is_module = False
-    dump_patches = False  # torch would write a file for its modules of another version
+    dump_patches = False  # read by torch, which would write a patch file if it were True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _NotData:
         return super().__new__(cls)
@@ -65,7 +65,7 @@ class _NotData:
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Never imports a class that is not data."""
+    """An unpickler that never imports a class that is not data."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 stores bytes
@@ -74,7 +74,7 @@ class _DataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        origin = re.sub(r"[^\w.]", "?", f"{module}.{name}")  # it may be made to fool a terminal
+        origin = re.sub(r"[^\w.]", "?", f"{module}.{name}")  # could contain terminal codes
         return type("_NotData", (_NotData,), {"origin": origin})
 
 
@@ -88,8 +88,8 @@ _DATA_PICKLE = SimpleNamespace(
 
 def load_untrusted(path: str) -> Dict[str, Any]:
     """
-    Load a checkpoint without running code that it may contain. An object beside the weights whose
-    class is not data, such as mmengine's HistoryBuffer, becomes a placeholder.
+    Load a checkpoint without running code that the file may contain. A placeholder replaces each
+    object whose class is not data, such as mmengine's HistoryBuffer.
 
     Args:
         path (str): a file of ``torch.save``, a pickle with arrays and plain containers as in
@@ -107,7 +107,7 @@ def load_untrusted(path: str) -> Dict[str, Any]:
             content = _read(path)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}.") from None
-    except Exception as e:  # pickle, zipfile and torch each raise their own
+    except Exception as e:  # pickle, zipfile and torch each raise their own types
         why = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
         raise CheckpointError(f"{path} is not a checkpoint: {why}.") from e
     if isinstance(content, _NotData):
@@ -126,15 +126,15 @@ def _read(path: str) -> Any:
         if text.startswith((b"<!doctype", b"<html", b"<?xml")):
             raise ValueError("it is a web page; download the file itself")
         if text.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a pointer of git-lfs; run git lfs pull in its repository")
-        # The size of the header, and the header in JSON.
+            raise ValueError("it is a git-lfs pointer; run git lfs pull in its repository")
+        # safetensors: the size of the header, then the header in JSON.
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path):
             return _read_safetensors(path)
         if start.startswith(b"PK"):
             if not zipfile.is_zipfile(path):
                 raise ValueError("its end is missing; copy or download it again")
             if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-                raise ValueError("it is a model that was exported to TorchScript")
+                raise ValueError("it is a TorchScript model")
         else:
             f.seek(0)
             content = _DataUnpickler(f, encoding="latin1").load()
@@ -142,7 +142,7 @@ def _read(path: str) -> Any:
                 return content
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # something beside the weights is not on torch's list
+    except pickle.UnpicklingError:  # something other than the weights is not on torch's list
         pickle_module: Any = _DATA_PICKLE
         return torch.load(path, "cpu", pickle_module, weights_only=False)
 
@@ -152,7 +152,7 @@ def _read_safetensors(path: str) -> Dict[str, torch.Tensor]:
         library = importlib.import_module("safetensors.torch")
     except ImportError:
         raise ValueError(
-            "it has the format of safetensors, which can be read if that package is installed"
+            "it is in the safetensors format, which needs the package safetensors"
         ) from None
     return library.load_file(path)
 
@@ -211,6 +211,6 @@ def model_weights(content: Mapping[str, Any], path: str) -> Dict[str, torch.Tens
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, without a terminal's codes, or its type's name."""
+    """Return the first line of an error's message without terminal codes, or its type's name."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", str(error)).strip()
     return (text or type(error).__name__).splitlines()[0].rstrip(". ")

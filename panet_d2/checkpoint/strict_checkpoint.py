@@ -1,4 +1,4 @@
-"""Checkpointers that neither load nor save a part of a model without an error."""
+"""Checkpointers that raise an error if a model is loaded or saved only in part."""
 
 from __future__ import annotations
 
@@ -42,15 +42,18 @@ class StrictCheckpointer(LoadHooks):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """
+        Load a checkpoint.
+
         Args:
-            path (str): path or URL of a checkpoint, as in ``MODEL.WEIGHTS``.
+            path (str): path or URL of the checkpoint, as in ``MODEL.WEIGHTS``.
             args, kwargs: see :meth:`DetectionCheckpointer.load`.
 
         Returns:
             dict: the rest of the checkpoint's content.
 
         Raises:
-            CheckpointError: if the file is missing, cannot be fetched or read, or does not fit.
+            CheckpointError: if the file is missing, cannot be downloaded or read, or does not match
+                the model.
         """
         if not path:
             raise CheckpointError("MODEL.WEIGHTS is empty; it must name a trained checkpoint.")
@@ -59,7 +62,7 @@ class StrictCheckpointer(LoadHooks):
         try:
             if not self.path_manager.isfile(self.path_manager.get_local_path(address)):
                 raise FileNotFoundError("no such file")
-        except Exception as e:  # each kind of address raises its own
+        except Exception as e:  # each kind of address raises its own type
             raise CheckpointError(
                 f"cannot get {address!r}, which MODEL.WEIGHTS or, with --resume, last_checkpoint "
                 f"names: {first_line(e)}"
@@ -73,13 +76,13 @@ class StrictCheckpointer(LoadHooks):
                 return super().read_file(filename)
             except CheckpointError:
                 raise
-            except Exception as e:  # e.g. of pycls, whose reader is Detectron2's
+            except Exception as e:  # e.g. a pycls file, which Detectron2 reads
                 raise CheckpointError(f"{filename} is not a checkpoint: {first_line(e)}.") from e
         content = load_untrusted(filename)
         weights = find_weights(
             {"model": content["blobs"]} if "blobs" in content else content, filename
         )
-        if "blobs" in content or weights is content:  # of Caffe2
+        if "blobs" in content or weights is content:  # Caffe2
             weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         return {**content, "model": weights}
@@ -110,8 +113,8 @@ class StrictCheckpointer(LoadHooks):
 
 class RunCheckpointer(DetectionCheckpointer):
     """
-    A :class:`DetectionCheckpointer` with atomic files: a killed process or a full disk leaves the
-    checkpoint before.
+    A :class:`DetectionCheckpointer` that writes files atomically. After a killed process or a full
+    disk, the previous checkpoint is intact.
     """
 
     def __init__(
@@ -133,24 +136,26 @@ class RunCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
+        Save a checkpoint.
+
         Args:
             name, kwargs: see :class:`DetectionCheckpointer`.
 
         Raises:
-            CheckpointError: if the file cannot be written. The checkpoint before is intact, and
+            CheckpointError: if the file cannot be written. The previous checkpoint is intact, and
                 ``--resume`` continues from there.
         """
         try:
             super().save(name, categories=self.categories, **kwargs)
         except (OSError, RuntimeError) as e:
             cause = e.__context__ if isinstance(e.__context__, OSError) else e
-            # On a full disk torch's zip writer (inline_container.cc) raises a RuntimeError. CUDA
-            # raises RuntimeErrors for other reasons.
+            # On a full disk, torch's zip writer (inline_container.cc) raises a RuntimeError. Other
+            # RuntimeErrors, such as CUDA's, keep their type.
             if not (isinstance(cause, OSError) or "inline_container" in str(e)):
                 raise
             raise CheckpointError(
-                f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}. The checkpoint "
-                "before is intact; --resume continues from there."
+                f"cannot write checkpoint {name}.pth in {self.save_dir}: {cause}; the previous "
+                "checkpoint is intact, and --resume continues from there."
             ) from e
 
 
@@ -161,7 +166,7 @@ def check_fit(
     shapes: Sequence[Tuple[str, Sequence[int], Sequence[int]]],
 ) -> None:
     """
-    Raise a CheckpointError with all names, unless there are none.
+    Raise a CheckpointError that names what does not match, if anything does not.
 
     Args:
         checkpoint (str): the checkpoint, for the message.
@@ -180,8 +185,8 @@ def check_fit(
     complaints = [f"{len(n)} {what}: {join_names(n)}" for what, n in found.items() if n]
     if complaints:
         raise CheckpointError(
-            f"{checkpoint} does not fit the model of this config (another architecture or number "
-            f"of classes). {'; '.join(complaints)}."
+            f"{checkpoint} does not match the model of this config (another architecture or number "
+            f"of classes): {'; '.join(complaints)}."
         )
 
 

@@ -1,13 +1,9 @@
 from .build import build_training_sample_loader, first_test_set, spread_evenly
-from .check import (
-    Problem,
-    check_annotations,
-    check_coco,
-    check_images,
-    check_training_images,
-)
+from .check import check_coco, check_images, check_training_images
+from .check_annotations import check_annotations
 from .dataset_mapper import NamedImageMapper
 from .datasets import register_shapes
+from .problem import Problem
 from .register import register_coco_file, setup_datasets
 
 __all__ = [

@@ -37,9 +37,9 @@ def leaves_nothing(resize: Transform) -> bool:
 
 class ResizeShortestEdgePerBatch(ResizeShortestEdge):
     """
-    :class:`ResizeShortestEdge` with one size for all images of a batch, so that images of one shape
-    are not padded. A norm over the whole map, such as GroupNorm, would see the padding in training
-    but not at inference, where there is one image.
+    :class:`ResizeShortestEdge` with one size for all images of a batch, so that images of the same
+    shape are not padded. A norm over the full map, such as GroupNorm, would see the padding in
+    training but not at inference, where there is one image.
     """
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -53,10 +53,10 @@ class ResizeShortestEdgePerBatch(ResizeShortestEdge):
         entropy = _batch.get()
         if entropy is None:
             raise ConfigError(
-                "INPUT.SAME_SIZE_PER_BATCH is True; only the loader of panet_d2.engine.Trainer "
-                "supports it, so it must be False with another one."
+                "INPUT.SAME_SIZE_PER_BATCH is True, which only the loader of "
+                "panet_d2.engine.Trainer supports; it must be False for another loader."
             )
-        # The parent draws from NumPy's global generator, which belongs to the single image.
+        # The parent draws from NumPy's global generator, which is seeded for the single image.
         before = np.random.get_state()
         np.random.seed(np.random.SeedSequence(entropy).generate_state(1))
         try:

@@ -1,4 +1,4 @@
-"""Loaders in addition to those that Detectron2 builds from a config."""
+"""Loader of sample images, and helpers to choose datasets and images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def build_training_sample_loader(cfg: CfgNode, count: int) -> DataLoader:
     Load some training images the way they are loaded for inference.
 
     Args:
-        cfg (CfgNode): images of its ``DATASETS.TRAIN`` with annotations.
-        count (int): number of images, evenly spread over the data; all if there are fewer.
+        cfg (CfgNode): images with annotations are taken from ``DATASETS.TRAIN``.
+        count (int): number of images, evenly spread over the datasets; all if there are fewer.
 
     Returns:
         DataLoader: batches of one image.
@@ -42,6 +42,6 @@ def first_test_set(cfg: CfgNode) -> str:
 
 
 def spread_evenly(items: Sequence[T], count: int) -> List[T]:
-    """Return ``count`` items at equal distances, from the first on; all if there are fewer."""
+    """Return ``count`` items at equal distances, starting with the first, or all if fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Find errors in a dataset in COCO format: in its annotations and its images."""
+"""Find errors in the annotations and images of a dataset in COCO format."""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ from .problem import Problem, warning
 
 logger = logging.getLogger("panet_d2")
 
-# File names and sizes by dataset, from setup_datasets for check_training_images, which would parse
-# the annotation files again: 30 MB for COCO train2017, whose whole content takes several GB.
+# File names and sizes by dataset, which check_training_images would otherwise parse again. They
+# take 30 MB for COCO train2017, whose full annotations take several GB.
 _kept_images: Dict[str, List[dict]] = {}
 
-# pycocotools opens annotation files in the locale's encoding, in which a byte order mark is an
-# error. From bytes, json tells the encoding.
+# pycocotools opens annotation files in the locale's encoding and fails on a byte order mark. From
+# bytes, json detects the encoding.
 setattr(coco, "open", lambda path, mode="r": open(path, "rb"))  # noqa: B010
 
 
 def read_coco(json_file: str) -> dict:
     """
+    Read a COCO annotation file.
+
     Args:
-        json_file (str): path of an annotation file.
+        json_file (str): path of the file.
 
     Returns:
-        dict: its content. The lists "images" and "categories" are there and not empty; the list
+        dict: the content. The lists "images" and "categories" exist and are not empty. The list
         "annotations" may be missing.
 
     Raises:
-        DataError: if it cannot be read or is not a COCO annotation file.
+        DataError: if the file cannot be read or is not a COCO annotation file.
     """
     try:
         with PathManager.open(json_file, "rb") as f:
@@ -85,12 +87,15 @@ def check_coco(
     workers: Optional[int] = None,
 ) -> List[Problem]:
     """
-    Find all problems of a dataset: :func:`check_annotations`, :func:`check_sizes` if there is a
-    config, then :func:`check_images`. They explain the arguments.
+    Find all problems of a dataset with :func:`check_annotations`, :func:`check_images` and, if
+    there is a config, :func:`check_sizes`.
 
     Args:
         json_file (str): annotation file.
         image_root (str): folder of the images.
+        masks, evaluated, keypoints, trained: see :func:`check_annotations`.
+        image_format, workers: see :func:`check_images`.
+        cfg: see :func:`check_sizes`.
 
     Raises:
         DataError: if the annotation file cannot be read or the folder does not exist.
@@ -148,11 +153,11 @@ def check_sizes(cfg: CfgNode, content: dict, trained: bool, evaluated: bool) -> 
 
 
 def _resized_to_nothing(shapes: List[Tuple[int, int]], keys: str, sizes: Any, longest: int) -> str:
-    """Which size without pixels one of the shapes (height, width) gets, and by which keys."""
+    """Return the size without pixels that a shape (height, width) gets, and the keys, or ""."""
     for shape in shapes:
         if 0 in shape:
             return f"{shape[1]}x{shape[0]} by INPUT.CROP"
-        if max(shape) <= longest * min(shape):  # no side gets below a pixel
+        if max(shape) <= longest * min(shape):  # each side keeps at least one pixel
             continue
         for shortest in filter(None, np.atleast_1d(sizes).tolist()):  # 0 switches it off
             new = ResizeShortestEdge.get_output_shape(*shape, shortest, longest)
@@ -170,7 +175,7 @@ def _is_left_out(cfg: CfgNode, content: dict, image: dict) -> bool:
 
 
 def _narrowest_crops(crop: CfgNode, height: int, width: int) -> List[Tuple[int, int]]:
-    """The shapes of Detectron2's RandomCrop with the least height and with the least width."""
+    """Return RandomCrop's shapes with the least height and with the least width."""
     low, high = crop.SIZE
     if crop.TYPE.startswith("relative"):
         least = int(height * low + 0.5), int(width * high + 0.5)
@@ -213,7 +218,7 @@ def check_images(
 
 @contextlib.contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Switch off the tolerance for truncated images, which is global."""
+    """Reject truncated images, which a global setting of Pillow can allow."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -253,14 +258,14 @@ def _image_problems(record: dict, root: str, image_format: str) -> List[Problem]
 
 def check_training_images(cfg: CfgNode) -> None:
     """
-    Read all images of the datasets in ``DATASETS.REGISTER_COCO`` that a run trains or is evaluated
-    on. Does nothing if ``DATASETS.CHECK_IMAGES`` is False.
+    Check all images of the datasets in ``DATASETS.REGISTER_COCO`` that a run uses for training or
+    evaluation. Does nothing if ``DATASETS.CHECK_IMAGES`` is False.
 
     Args:
-        cfg (CfgNode): its datasets registered by :func:`panet_d2.data.setup_datasets`.
+        cfg (CfgNode): a config after :func:`panet_d2.data.setup_datasets`.
 
     Raises:
-        DataError: naming the images that cannot be used.
+        DataError: if an image cannot be used. The message names the image.
     """
     if not read_choice(cfg, "DATASETS.CHECK_IMAGES", (True, False)):
         return
@@ -274,9 +279,7 @@ def check_training_images(cfg: CfgNode) -> None:
         images = kept.get(name) or read_coco(metadata.json_file)["images"]
         logger.info(f"Checking the {len(images)} images of {name!r} (DATASETS.CHECK_IMAGES) …")
         problems = check_images(images, metadata.image_root, cfg.INPUT.FORMAT)
-        refuse_errors(
-            problems, metadata.json_file, see_all(metadata.json_file, metadata.image_root)
-        )
+        raise_errors(problems, metadata.json_file, metadata.image_root)
         log_warnings(problems, metadata.json_file)
 
 
@@ -292,11 +295,16 @@ def forget_images() -> None:
     _kept_images.clear()
 
 
-def refuse_errors(problems: Sequence[Problem], json_file: str, how_to_see_all: str = "") -> None:
-    """Raise a DataError that names the first few problems of severity "error", if there are any."""
+def raise_errors(problems: Sequence[Problem], json_file: str, image_root: str = "") -> None:
+    """
+    Raise a DataError that names the first few problems of severity "error", if there are any. With
+    an image folder, the message has the command that shows all problems.
+    """
     errors = [p for p in problems if p.severity == "error"]
     if errors:
-        raise DataError(f"{json_file} cannot be used: {_first(errors)}.{how_to_see_all}")
+        command = f"python tools/check_dataset.py --annotations {json_file} --images {image_root}"
+        see_all = f"; to see all, run {command}" if image_root else "."
+        raise DataError(f"{json_file} cannot be used: {_first(errors)}{see_all}")
 
 
 def log_warnings(problems: Sequence[Problem], json_file: str) -> None:
@@ -304,12 +312,6 @@ def log_warnings(problems: Sequence[Problem], json_file: str) -> None:
     warnings = [p for p in problems if p.severity == "warning"]
     if warnings:
         logger.warning("%s: %s.", json_file, _first(warnings))
-
-
-def see_all(json_file: str, image_root: str) -> str:
-    """Say how to see all problems of a dataset."""
-    command = f"python tools/check_dataset.py --annotations {json_file} --images {image_root}"
-    return f" To see all: {command}"
 
 
 def _first(problems: Sequence[Problem]) -> str:

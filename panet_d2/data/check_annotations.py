@@ -23,7 +23,7 @@ from .problem import LARGEST_COORDINATE, Problem, is_coordinate, is_number, show
 # Raise this number when check_annotations finds other problems in the same file.
 VERSION = 2
 
-# Beyond this many objects in one image a limit of somebody's is likely to be reached.
+# More objects in one image are likely to exceed a limit of some tool.
 _MANY = 1000
 # bool and subclasses take the exact check.
 _IDS = {int, str}
@@ -42,10 +42,11 @@ def check_annotations(
 
     Args:
         content (dict): see :func:`read_coco`.
-        masks (bool): whether each object must have a mask; by default, if any object has one.
-        evaluated (bool): whether models will be evaluated on it, which needs more than training.
-        keypoints (int): the number that each object must have; 0 for no check.
-        trained (bool): whether models will be trained on it; by default, if it has objects.
+        masks (bool): whether each object must have a mask; by default, if any object has a mask.
+        evaluated (bool): whether models will be evaluated on the file, which needs more fields than
+            training.
+        keypoints (int): number of keypoints that each object must have; 0 for no check.
+        trained (bool): whether models will be trained on the file; by default, if it has objects.
 
     Returns:
         list[Problem]: in the order of the file: categories, images, annotations.
@@ -87,10 +88,8 @@ def check_annotations(
     return problems + found
 
 
-def summary_problems(
-    content: dict, evaluated: bool = True, trained: Optional[bool] = None
-) -> List[Problem]:
-    """Find the problems that no single record has. See :func:`check_annotations`."""
+def summary_problems(content: dict, evaluated: bool, trained: Optional[bool]) -> List[Problem]:
+    """Find the problems of the file rather than of a record. See :func:`check_annotations`."""
     problems: List[Problem] = []
     names: Counter = Counter()
     objects: Counter = Counter()  # by category
@@ -157,7 +156,7 @@ def _is_id(value: Any) -> bool:
 
 
 def record_name(kind: str, record: dict) -> str:
-    """What a problem of an annotation file's record calls the record."""
+    """Return the name of an annotation file's record, for messages."""
     name = f"{kind} {record.get('id', '?')}"
     if kind == "annotation":
         return name + f" (image {record.get('image_id', '?')})"
@@ -173,7 +172,7 @@ def _not_text(where: str, record: dict, key: str) -> Problem:
 
 
 def _ids(kind: str, records: list) -> Tuple[set, List[Problem]]:
-    """The ids of one of the file's lists."""
+    """Return the ids of one of the file's lists, and their problems."""
     seen, problems = set(), []
     for index, record in enumerate(records):
         where = f"{kind} at index {index}"
@@ -324,7 +323,7 @@ def _not_evaluated(where: str, annotation: dict, key: str) -> Problem:
 
 
 def _why_unknown(annotation: dict, key: str, kind: str, known: Collection) -> str:
-    """Why an annotation's ``key`` is none of the ids of its file's images or categories."""
+    """Return why an annotation's ``key`` is not an id of the file's images or categories."""
     value = annotation.get(key)
     if key not in annotation:
         return f"it has no {key}"

@@ -1,4 +1,4 @@
-"""Find out whether the boxes of an annotation file are in another convention than COCO's."""
+"""Detect boxes of an annotation file that are not in COCO's convention."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Size = Tuple[int, int]
 
 # Rounding down both corner and size moves an edge by up to two pixels.
 _ROUNDING = 2.0
-# Legitimate boxes overlap less than this with their masks if they are those of the whole object
-# and the mask has its visible part alone, or if they have a wide margin.
+# Boxes with a lower IoU with their masks are reported. Correct boxes have a low IoU if they have a
+# wide margin, or if the object is partly hidden and the mask has only the visible part.
 _LOOSE = 0.5
 
 _COCO = "x, y, width, height"
@@ -31,7 +31,7 @@ _FRACTIONS = "fractions of the image's size (0 to 1)"
 
 
 def is_near(box: Corners, mask: Corners) -> bool:
-    """Whether a box is a mask's but for rounding. Never with NaN."""
+    """Whether a box is a mask's, up to rounding. False for NaN."""
     return (
         abs(box[0] - mask[0]) <= _ROUNDING
         and abs(box[1] - mask[1]) <= _ROUNDING
@@ -42,31 +42,31 @@ def is_near(box: Corners, mask: Corners) -> bool:
 
 class BoxStatistics:
     """
-    Collect what the boxes of an annotation file look like.
+    Statistics of an annotation file's boxes, to detect their convention.
 
     Attributes:
-        with_mask (int): the number of boxes compared with their object's mask.
-        without_mask (list[tuple]): the boxes of objects that have no mask, as in the file, each
-            with its image's size.
+        with_mask (int): number of boxes that were compared with their object's mask.
+        without_mask (list[tuple]): boxes of objects without a mask, as in the file, each with the
+            size of the image.
     """
 
     def __init__(self) -> None:
         self.with_mask = 0
         self.without_mask: List[Tuple[Sequence[float], Size]] = []
         self._misfits = self._disjoint = 0
-        self._conventions: Counter = Counter()  # that the misfits are in
+        self._conventions: Counter = Counter()  # of the misfits
 
     def compare(self, box: Sequence[float], mask: Corners, size: Size) -> str:
         """
-        Count a box, and compare it with its object's mask.
+        Count a box, and compare the box with its object's mask.
 
         Args:
-            box (sequence[float]): as in the file.
+            box (sequence[float]): the box as in the file.
             mask (Corners): the extent of the mask.
-            size (Size): the image's.
+            size (Size): the image's size.
 
         Returns:
-            str: how the box differs from the mask; "" if it does not, or the mask is not visible.
+            str: how the box differs from the mask; "" if both agree, or the mask is not visible.
         """
         mask = _clip(mask, size)
         if mask[0] >= mask[2] or mask[1] >= mask[3]:
@@ -87,7 +87,7 @@ class BoxStatistics:
         return detail if overlap < _LOOSE else ""
 
     def fault(self) -> str:
-        """Say what is wrong with the boxes of the file if most cannot be meant; else return ""."""
+        """Return what is wrong with the boxes of the file, if most are wrong, or ""."""
         count = self.with_mask
         if not count:
             name = _convention_without_masks(self.without_mask)
@@ -101,11 +101,11 @@ class BoxStatistics:
 
 
 def _convention_without_masks(boxes: Sequence[Tuple[Sequence[float], Size]]) -> str:
-    """The convention of boxes that cannot be COCO's, "" if they can."""
+    """Return the convention of boxes that cannot be in COCO's, or "" if they can be."""
     if 2 * sum(max(box) <= 1 and min(size) > 2 for box, size in boxes) > len(boxes):
         return _FRACTIONS
-    # Boxes around whole objects may reach beyond the image, but not so many that are all inside
-    # when they are read in another way.
+    # Some boxes of cut-off objects reach beyond the image. If many do, and another convention has
+    # nearly all boxes inside, the boxes are in that convention.
     read = _CONVENTIONS[_COCO]
     outside = sum(not _is_inside(read(*box), size) for box, size in boxes)
     if outside < max(3, len(boxes) / 3):
@@ -118,7 +118,7 @@ def _convention_without_masks(boxes: Sequence[Tuple[Sequence[float], Size]]) -> 
 
 
 def _other_readings(box: Sequence[float], size: Size) -> Iterator[Tuple[str, Corners]]:
-    """The corners of a box in each convention but COCO's, with the convention's name."""
+    """Yield each convention other than COCO's, and the corners of a box in this convention."""
     for name, read in _CONVENTIONS.items():
         if name != _COCO:
             yield name, read(*box)
@@ -131,7 +131,7 @@ def _other_readings(box: Sequence[float], size: Size) -> Iterator[Tuple[str, Cor
 
 
 def _is_inside(box: Corners, size: Size) -> bool:
-    """Whether a box of some area is inside the image, but for a pixel."""
+    """Whether a box has an area and is inside the image, up to one pixel."""
     (x0, y0, x1, y1), (height, width) = box, size
     return -1 <= x0 < x1 <= width + 1 and -1 <= y0 < y1 <= height + 1
 
@@ -142,7 +142,7 @@ def _clip(box: Corners, size: Size) -> Corners:
 
 
 def _overlap(a: Corners, b: Corners) -> float:
-    """Intersection over union. Either box may have no area."""
+    """Return the IoU of two boxes. Either may have no area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:

@@ -17,7 +17,7 @@ logger = logging.getLogger("panet_d2")
 
 @dataclass(frozen=True)
 class FileState:
-    """A file's absolute path without links, its size in bytes and the time of its last change."""
+    """A file's absolute path without links, size in bytes and time of the last change."""
 
     path: str
     size: int
@@ -50,7 +50,7 @@ def file_state(path: str) -> Optional[FileState]:
 
 
 def is_known_clean(checked: CheckedFile) -> bool:
-    """Whether this check has found no error in this file before."""
+    """Whether an earlier check found no error in this file."""
     try:
         with open(_record_path(checked), encoding="utf-8") as f:
             return json.load(f) == _record(checked)

@@ -18,17 +18,17 @@ from .problem import Problem, is_coordinate, warning
 TOLERANCE = 1.0
 # bool, NumPy's numbers and subclasses take the exact check.
 NUMBERS = {int, float}
-# What rounding makes of the area of points in one line.
+# Below this, an area can be a rounding error of points on one line.
 _SMALLEST_AREA = 1e-6
-# Text that pycocotools takes for numbers: 32 digits that go on, and 32 that end one. It reads past
-# the end of a text whose last number goes on.
+# Characters P to o continue a number, 0 to O end a number. pycocotools reads past the end of a text
+# whose last number does not end.
 _COMPRESSED_RLE = re.compile("[0-o]*[0-O]")
 
 
 def fine_polygons_extent(polygons: list, size: Tuple[int, int]) -> Optional[Corners]:
     """
-    The extent of polygons in which :func:`mask_problems` certainly finds nothing; None for anything
-    unusual.
+    Return the extent of polygons in which :func:`mask_problems` certainly finds nothing. Return
+    None for anything unusual.
     """
     height, width = size
     left, top, right, bottom = width + 1, height + 1, 0, 0
@@ -49,14 +49,14 @@ def fine_polygons_extent(polygons: list, size: Tuple[int, int]) -> Optional[Corn
         right, bottom = max(right, x1), max(bottom, y1)
         count += len(x)
         area += abs(sum(map(mul, x, y[-1:] + y[:-1])) - sum(map(mul, y, x[-1:] + x[:-1]))) / 2
-    # Less could be zero but for rounding, here or in polygon_area. A NaN is not larger either.
+    # A smaller area could be a rounding error, here or in polygon_area. NaN is not larger either.
     rounding = 4 * sys.float_info.epsilon * count**2 * (height + 2) * (width + 2)
     fine = area > _SMALLEST_AREA + rounding
     return (left, top, right, bottom) if fine else None
 
 
 def fine_rle_extent(rle: dict, size: Tuple[int, int]) -> Optional[Corners]:
-    """The extent of a RLE in which :func:`mask_problems` finds nothing; None if it does."""
+    """Return the extent of an RLE, or None if :func:`mask_problems` finds a problem."""
     if any(True for _ in _rle_problems("", rle, size, visible=True)):
         return None
     return mask_extent(rle)
@@ -85,7 +85,7 @@ def mask_problems(
 
 
 def mask_extent(mask: Union[dict, list]) -> Corners:
-    """The extent of a mask in which :func:`mask_problems` found no error; zeros if it is empty."""
+    """Return the extent of a mask without errors of :func:`mask_problems`; zeros if it is empty."""
     if isinstance(mask, dict):
         if isinstance(mask["counts"], list):
             mask = mask_util.frPyObjects(mask, *mask["size"])
@@ -101,7 +101,7 @@ def mask_extent(mask: Union[dict, list]) -> Corners:
 
 
 def outside(low: np.ndarray, high: np.ndarray, size: Tuple[int, int]) -> str:
-    """Where the region between two corners (x, y) lies: "" is inside the image."""
+    """Say where the region between two corners (x, y) lies; "" if it is inside the image."""
     shape = np.array(size[::-1])
     if (low >= shape).any() or (high <= 0).any():
         return "outside"
@@ -129,12 +129,12 @@ def _rle_problems(where: str, rle: dict, size: Tuple[int, int], visible: bool) -
 
 def _run_totals(counts: str) -> Tuple[int, int]:
     """
-    How many pixels a compressed RLE has runs for, and how many of them are the object's. Where the
-    runs are too few, pycocotools decodes what happens to be in memory, and some of its functions
-    never end.
+    Return the number of pixels in all runs of a compressed RLE, and in the object's runs. If the
+    runs are too short for the image, pycocotools decodes random memory, and some of its functions
+    never return.
     """
-    # In an image one pixel high, the box ends where the object's last run does. So that this is
-    # the end of all runs, an object of one pixel or more is appended, unless they end with one.
+    # In an image one pixel high, the box ends where the object's last run ends. One run is added:
+    # after a last run of background, the added run is the object's. Its pixels are subtracted.
     rle, longer = ({"size": [1, 1], "counts": c} for c in (counts, counts + "1"))
     x, _, width, _ = mask_util.toBbox(longer)
     area, longer_area = map(int, mask_util.area([rle, longer]))
@@ -152,10 +152,10 @@ def _polygon_problems(
         if len(polygon) % 2:
             yield Problem(where, "polygon with an odd number of coordinates", str(len(polygon)))
         elif len(polygon) < 6:
-            # Detectron2 leaves it out; that is no loss only if something else remains.
-            whole = not visible or any(len(p) >= 6 for p in polygons)
+            # Detectron2 leaves out this polygon. The object is lost if no other polygon remains.
+            remains = not visible or any(len(p) >= 6 for p in polygons)
             unreadable = evaluated and index == 0
-            severity = "warning" if whole and not unreadable else "error"
+            severity = "warning" if remains and not unreadable else "error"
             detail = "the first, which COCO's evaluation takes for a box" if unreadable else ""
             yield Problem(where, "polygon of fewer than three points", detail, severity)
         else:
@@ -168,7 +168,8 @@ def _polygon_problems(
         yield Problem(where, "mask is outside the image", "though its box is not")
     elif place:
         yield warning(where, "mask is partly outside the image", "clipped")
-    # Drawing each takes long, and an outline that crosses itself can have an area of zero.
+    # An outline that crosses itself can have an area of zero. Masks are drawn only in this case,
+    # because drawing is slow.
     if sum(polygon_area(*a.T) for a in arrays) < _SMALLEST_AREA:
         if not polygons_to_bitmask([a.ravel() for a in arrays], *size).any():
             yield Problem(where, "mask is empty", "though its box is not")

@@ -1,4 +1,4 @@
-"""A dataset mapper that names the image it cannot use."""
+"""A dataset mapper whose errors name the image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .worker_signals import leave_sigterm_to_parent
 
 class NamedImageMapper(AnnotationHook):
     """
-    Detectron2's mapper, except that errors name the image. A bug in an augmentation surfaces as
-    itself. See :func:`leave_sigterm_to_parent` for workers of a data loader.
+    Detectron2's mapper, with errors that name the image. Errors in a user's own augmentation are
+    not changed. For workers of a data loader, see :func:`leave_sigterm_to_parent`.
     """
 
     @classmethod
@@ -53,7 +53,7 @@ class NamedImageMapper(AnnotationHook):
             dataset_dict (dict): one image in Detectron2's dataset format.
 
         Returns:
-            dict: what Detectron2's models accept.
+            dict: the input of Detectron2's models.
 
         Raises:
             ConfigError: see
@@ -64,7 +64,7 @@ class NamedImageMapper(AnnotationHook):
         leave_sigterm_to_parent()
         try:
             return super().__call__(dataset_dict)
-        # Pillow raises almost any error for broken files, as Detectron2 for broken annotations.
+        # Pillow raises almost any error for broken files, and Detectron2 for broken annotations.
         except Exception as e:
             if _from_own_augmentation(e.__traceback__):
                 raise
@@ -85,8 +85,8 @@ class NamedImageMapper(AnnotationHook):
 
 def _from_own_augmentation(traceback: Optional[TracebackType]) -> bool:
     """
-    Whether an error was raised by an augmentation or transform that is not Detectron2's: a bug.
-    Those of Detectron2 raise errors for data that they cannot use.
+    Whether an error was raised by an augmentation or transform that is not Detectron2's. An error
+    of Detectron2's means that the data cannot be used.
     """
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")

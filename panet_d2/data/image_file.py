@@ -15,12 +15,12 @@ logger = logging.getLogger("panet_d2")
 
 
 def is_deep(mode: str) -> bool:
-    """Whether Pillow's mode has more than 8 bits per channel: values over 255 become white."""
+    """Whether Pillow's mode has more than 8 bits per channel. Values above 255 would be clipped."""
     return mode.startswith(("I", "F"))
 
 
 def page_count(image: Image.Image) -> int:
-    """Return how many pages or frames an open image has; Detectron2 reads the first alone."""
+    """Return the number of pages or frames of an open image. Detectron2 reads only the first."""
     if image.format == "MPO":  # a photo; the other pictures are its previews
         return 1
     try:
@@ -31,7 +31,7 @@ def page_count(image: Image.Image) -> int:
 
 def read_image_file(path: str, image_format: str = "BGR") -> np.ndarray:
     """
-    Read an image as Detectron2 does. If it has several pages, warn that the first is used.
+    Read an image as Detectron2 does. If the image has several pages, warn that the first is used.
 
     Args:
         path (str): the file.
@@ -48,7 +48,7 @@ def read_image_file(path: str, image_format: str = "BGR") -> np.ndarray:
             mode = image.mode
             pages = page_count(image)
         pixels = read_image(path, image_format)
-    except Exception as e:  # the decoders raise nearly anything when a file is broken
+    except Exception as e:  # Pillow raises almost any error for broken files
         raise DataError(f"cannot read image {path}: {e or type(e).__name__}") from e
     if is_deep(mode):
         raise DataError(
@@ -56,5 +56,5 @@ def read_image_file(path: str, image_format: str = "BGR") -> np.ndarray:
             "scale it to 8 bits first."
         )
     if pages > 1:
-        logger.warning("%s has %d pages, only the first is used.", path, pages)
+        logger.warning("%s has %d pages; only the first is used.", path, pages)
     return pixels

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset."""
+"""A problem of a dataset, and checks of single values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# pycocotools walks along an outline in fifths of a pixel, and keeps them all in memory.
+# pycocotools keeps five points per pixel of an outline in memory.
 LARGEST_COORDINATE = 1e6
 
 
@@ -19,10 +19,10 @@ class Problem:
 
     Attributes:
         where (str): the annotation, image or file.
-        what (str): the kind of problem, in the same words for the same kind.
+        what (str): the kind of problem; the same words for the same kind.
         detail (str): the wrong values, or what to do.
-        severity (str): "error" if training would stop or learn something wrong; "warning" if it
-            works without this annotation or image.
+        severity (str): "error" if training would stop or learn something wrong; "warning" if
+            training works without this annotation or image.
     """
 
     where: str

@@ -1,4 +1,4 @@
-"""Register datasets in COCO format from the config, and check them against it."""
+"""Register datasets in COCO format from the config, and check them against the config."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from ..config import read_choice
 from ..errors import ConfigError, DataError
 from ..modeling.check_model import num_classes_node
 from .check import (
-    check_annotations,
     check_sizes,
     forget_images,
     keep_images,
     log_warnings,
+    raise_errors,
     read_coco,
-    refuse_errors,
-    see_all,
 )
-from .check_annotations import BOX_DIFFERS, summary_problems
+from .check_annotations import BOX_DIFFERS, check_annotations, summary_problems
 from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
 
 logger = logging.getLogger("panet_d2")
 
-# Fewer annotations are checked in less than a second. A record of them would be clutter.
+# Fewer annotations are checked in less than a second, so no record is written.
 _WORTH_REMEMBERING = 10_000
 
 
@@ -71,7 +69,7 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
         classes = {c["id"]: c["name"] for c in categories}
     except (KeyError, TypeError):
         categories = content["categories"]
-        refuse_errors(check_annotations({"images": [], "categories": categories}), json_file)
+        raise_errors(check_annotations({"images": [], "categories": categories}), json_file)
         raise
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -89,14 +87,14 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
 
 
 def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, str]:
-    """Return the paths of both, as :func:`register_coco_file` takes them; DataError if missing."""
+    """Return the full paths for :func:`register_coco_file`; raise a DataError if one is missing."""
     base = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
-    hint = f"Relative paths start at DETECTRON2_DATASETS, which is {base!r}."
+    hint = f"relative paths start at DETECTRON2_DATASETS, which is {base!r}."
     if not PathManager.isfile(json_file):
-        raise DataError(f"dataset {name!r}: there is no annotation file {json_file}. {hint}")
+        raise DataError(f"dataset {name!r}: there is no annotation file {json_file}; {hint}")
     if not PathManager.isdir(image_root):
-        raise DataError(f"dataset {name!r}: there is no image folder {image_root}. {hint}")
+        raise DataError(f"dataset {name!r}: there is no image folder {image_root}; {hint}")
     return json_file, image_root
 
 
@@ -124,7 +122,7 @@ def dataset_names(cfg: CfgNode, split: str) -> Sequence[str]:
 
 
 def _keypoint_metadata(categories: List[dict]) -> dict:
-    """Names and flips of the keypoints, from the first category that has keypoints."""
+    """Return names and flips of the keypoints, from the first category that has keypoints."""
     for category in categories:
         names = category.get("keypoints")
         if not names:
@@ -143,19 +141,23 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
 
 def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
-    Register the datasets of ``DATASETS.REGISTER_COCO``, check those that are used against the
-    config, set the number of classes if it is 0, and resolve ``DATASETS.CATEGORIES``. All processes
-    of a job must call this.
+    Register the datasets of ``DATASETS.REGISTER_COCO``, and check the used datasets.
+
+    Used datasets must match the config. If the number of classes is 0, the number is set from the
+    datasets. ``DATASETS.CATEGORIES`` is resolved, see
+    :func:`panet_d2.data.categories.resolve_categories`. All processes of a job must call this
+    function.
 
     Args:
         cfg (CfgNode): a config with :func:`panet_d2.add_panet_config`; changed in place.
-        needed (sequence[str]): which of "TRAIN" and "TEST" will be used: evaluation needs no
-            training data, prediction none at all. Other datasets may be missing.
+        needed (sequence[str]): which of "TRAIN" and "TEST" will be used. Evaluation needs only
+            "TEST", prediction neither. Other datasets may be missing.
 
     Raises:
-        ConfigError: if ``DATASETS`` names an unknown dataset, or dataset and config disagree.
-        DataError: if a dataset is missing, incomplete or without objects, or the main process
-            finds an error by :func:`panet_d2.data.check_annotations`.
+        ConfigError: if ``DATASETS`` names an unknown dataset, or a dataset does not match the
+            config.
+        DataError: if a dataset is missing, incomplete or without objects, or
+            :func:`panet_d2.data.check_annotations` finds an error.
     """
     used: Dict[str, str] = {}
     for split in ("TRAIN", "TEST"):
@@ -163,7 +165,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             if split in needed:
                 used.setdefault(name, split)
     check = read_choice(cfg, "DATASETS.CHECK_ANNOTATIONS", (True, False))
-    # Only train() of the main process reads the images, see check_training_images.
+    # Only the main process checks the images, and only for training: see check_training_images.
     keep = "TRAIN" in needed and cfg.DATASETS.CHECK_IMAGES is True and comm.is_main_process()
     forget_images()
     forget_names([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -200,7 +202,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
 def _check_dataset(
     cfg: CfgNode, name: str, file: _CocoFile, check: bool, trained: bool, evaluated: bool
 ) -> None:
-    """Check a dataset that will be trained on, evaluated on, or both; each annotation if wanted."""
+    """Check a dataset for training, evaluation or both; with ``check``, also each annotation."""
     content, json_file = file.content, MetadataCatalog.get(name).json_file
     annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
     keypoints = _num_keypoints(cfg, name, annotations)
@@ -210,7 +212,7 @@ def _check_dataset(
         masks = bool(cfg.MODEL.MASK_ON)
         _check_in_main_process(name, file, masks, evaluated, keypoints, trained)
     _check_images(name, content)
-    refuse_errors(check_sizes(cfg, content, trained, evaluated), json_file)
+    raise_errors(check_sizes(cfg, content, trained, evaluated), json_file)
     if trained:
         if all(a.get("iscrowd", 0) for a in annotations):
             raise DataError(f"{json_file} has no annotations to train on.")
@@ -225,7 +227,7 @@ def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
             _check_once(name, file, *args)
     except DataError as e:
         error = e
-    # Otherwise those that wait here would report a lost connection.
+    # Otherwise the processes that wait here would report a lost connection.
     error = comm.all_gather(error)[0]
     if error is not None:
         raise error
@@ -234,7 +236,7 @@ def _check_in_main_process(name: str, file: _CocoFile, *args: Any) -> None:
 def _check_once(
     name: str, file: _CocoFile, masks: bool, evaluated: bool, keypoints: int, trained: bool
 ) -> None:
-    """Check annotations, unless the record says that they have no error."""
+    """Check annotations, unless an earlier check found no error."""
     metadata = MetadataCatalog.get(name)
     log_warnings(summary_problems(file.content, evaluated, trained), metadata.json_file)
     checked = file.state and CheckedFile(file.state, masks, evaluated, keypoints)
@@ -242,9 +244,9 @@ def _check_once(
         return
     number = len(file.content.get("annotations", ()))
     logger.info(f"Checking the {number} annotations of {name!r} (DATASETS.CHECK_ANNOTATIONS) …")
-    # Whether there is something to train on is checked for known files too.
+    # Not checked here: whether there are objects to train on, which known files need too.
     problems = check_annotations(file.content, masks, evaluated, keypoints, False)
-    refuse_errors(problems, metadata.json_file, see_all(metadata.json_file, metadata.image_root))
+    raise_errors(problems, metadata.json_file, metadata.image_root)
     log_warnings([p for p in problems if p.what == BOX_DIFFERS], metadata.json_file)
     if checked and number >= _WORTH_REMEMBERING:
         remember_clean(checked)
@@ -286,14 +288,14 @@ def _check_shapely(cfg: CfgNode, polygons: str) -> None:
     """Raise a ConfigError if ``polygons``, the name of a dataset or file, cannot be cropped."""
     if cfg.INPUT.CROP.ENABLED and importlib.util.find_spec("shapely") is None:
         raise ConfigError(
-            f"INPUT.CROP.ENABLED is True, and {polygons} has masks in polygons; with any "
-            "INPUT.MASK_FORMAT they need the package shapely to be cropped: pip install shapely, "
-            "or set INPUT.CROP.ENABLED to False."
+            f"INPUT.CROP.ENABLED is True, and {polygons} has polygon masks, which need the package "
+            "shapely to be cropped, with any INPUT.MASK_FORMAT; run pip install shapely, or set "
+            "INPUT.CROP.ENABLED to False."
         )
 
 
 def _num_keypoints(cfg: CfgNode, name: str, annotations: List[dict]) -> int:
-    """The number of keypoints that each object must have; 0 if they are not used."""
+    """Return the number of keypoints that each object must have; 0 if keypoints are not used."""
     if not cfg.MODEL.KEYPOINT_ON or not annotations:
         return 0
     metadata = MetadataCatalog.get(name)
@@ -318,8 +320,8 @@ def _warn_of_flips(cfg: CfgNode, name: str) -> None:
     flipped = cfg.MODEL.KEYPOINT_ON and cfg.INPUT.RANDOM_FLIP == "horizontal"
     if flipped and not MetadataCatalog.get(name).get("keypoint_flip_map"):
         logger.warning(
-            "No two keypoints of dataset %r are named as left and right of each other, so "
-            "INPUT.RANDOM_FLIP does not exchange any.",
+            "No two keypoints of dataset %r are named as a left and right pair, so "
+            "INPUT.RANDOM_FLIP exchanges no keypoints.",
             name,
         )
 
@@ -349,7 +351,7 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
         if node.NUM_CLASSES != len(kept):
             raise ConfigError(
                 f"{key} is {node.NUM_CLASSES}, but DATASETS.CATEGORIES has {len(kept)} classes; "
-                "both must be of the model's dataset."
+                "both must be those of the model's dataset."
             )
     if node.NUM_CLASSES < 1:
         raise ConfigError(
@@ -365,8 +367,8 @@ def _check_class_names(classes: Dict[str, Tuple[str, ...]]) -> None:
     first, expected = next(iter(classes.items()))
     for name, known in classes.items():
         for number, (ours, theirs) in enumerate(zip(expected, known), 1):
-            if len(known) > 1 and ours != theirs:  # a single one cannot be mistaken for another
+            if len(known) > 1 and ours != theirs:  # a single class cannot be mistaken for another
                 raise ConfigError(
-                    f"DATASETS: class {number} of {first!r} is {ours!r}, and of {name!r} "
-                    f"{theirs!r}; all must have the same classes, in the order of their ids."
+                    f"DATASETS: class {number} is {ours!r} in {first!r}, but {theirs!r} in "
+                    f"{name!r}; all must have the same classes, in the order of their ids."
                 )

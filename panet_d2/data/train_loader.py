@@ -1,6 +1,6 @@
 """
-A training loader whose n-th batch depends on the seed alone: not on how often the run was resumed,
-nor on the number of worker processes.
+A training loader whose n-th batch depends only on the seed. Neither resuming the run nor the number
+of worker processes changes the batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def seed_all(*entropy: int) -> None:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """
-    Seed the generators of the CPU as :func:`seed_all` does, for the duration of a block.
-    """
+    """Seed the generators of the CPU as :func:`seed_all` does, for the duration of a block."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_cpu(entropy, torch.default_generator.manual_seed)
     try:
@@ -61,8 +59,8 @@ def _seed_cpu(entropy: Sequence[int], seed_torch: Callable[[int], Any]) -> None:
 
 class StreamSampler(Sampler):
     """
-    Another sampler's infinite stream of indices, each with its position and its batch, starting at
-    any batch. With grouped images, the numbers of batches are in no order.
+    Another sampler's infinite stream of indices, starting at any batch. Each index has its position
+    and batch number. With grouped images, the batch numbers are in no order.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class StreamSampler(Sampler):
             start (int): batches to skip.
             groups (sequence[int] or None): 0 or 1 for each index, if images of different groups
                 never share a batch (Detectron2's aspect ratio grouping).
-            num_workers (int): of the loader.
+            num_workers (int): number of the loader's workers.
         """
         self.sampler = sampler
         self.batch_size = batch_size
@@ -104,7 +102,7 @@ class StreamSampler(Sampler):
             seen[group] += 1
 
     def _left_over(self, stream: Iterator[Token], groups: Sequence[int]) -> List[Token]:
-        """Consume the batches to skip. Images of incomplete batches are still to come."""
+        """Consume the batches to skip, and return the images of incomplete batches."""
         buckets: Tuple[List[Token], List[Token]] = ([], [])
         batches = 0
         while batches < self.start:
@@ -114,13 +112,12 @@ class StreamSampler(Sampler):
             if len(bucket) == self.batch_size:
                 bucket.clear()
                 batches += 1
-        return buckets[0] + buckets[1]  # one of them is empty: its batch was the last
+        return buckets[0] + buckets[1]  # one is empty, because its batch was the last
 
     def _dealt_out(self, stream: Iterator[Token]) -> Iterator[Token]:
         """
-        Reorder the stream so that grouped images come out of the loader in the stream's order:
-        Detectron2 gives each worker ``batch_size`` images in a row, and takes one from each worker
-        in turn.
+        Reorder the stream so that grouped images leave the loader in the stream's order. Detectron2
+        gives each worker ``batch_size`` images in a row, and takes one from each worker in turn.
         """
         while True:
             block = list(islice(stream, self.num_workers * self.batch_size))
@@ -129,7 +126,7 @@ class StreamSampler(Sampler):
 
 
 class _MappedStream(Dataset):
-    """The images of tokens. The position in the stream determines the augmentation."""
+    """A dataset of mapped images by token. The position in the stream seeds the augmentation."""
 
     def __init__(self, dataset: DatasetFromList, mapper: Callable[[dict], dict], seed: int):
         self.dataset = dataset
@@ -150,11 +147,11 @@ def build_train_loader(
 ) -> Iterable[List[dict]]:
     """
     Build Detectron2's loader of ``DATASETS.TRAIN``. With a ``SEED``, order and augmentation are
-    always the same, and it can start at any batch.
+    reproducible, and the loader can start at any batch.
 
     Args:
-        cfg (CfgNode): the config of the run. If ``SEED`` is negative, ``start`` is ignored and this
-            is Detectron2's loader, except with ``INPUT.SAME_SIZE_PER_BATCH``.
+        cfg (CfgNode): the config of the run. If ``SEED`` is negative, ``start`` is ignored, and the
+            loader is Detectron2's, except with ``INPUT.SAME_SIZE_PER_BATCH``.
         mapper (callable): from an image in Detectron2's dataset format to the model's input.
         start (int): batches to skip.
 

@@ -12,10 +12,11 @@ from torch.utils.data import get_worker_info
 
 def leave_sigterm_to_parent() -> None:
     """
-    Make a data loader's worker ignore SIGTERM unless its parent sent it. Does nothing elsewhere.
+    Make a data loader's worker ignore SIGTERM unless its parent sent the signal. Does nothing in
+    other processes.
 
-    Schedulers send SIGTERM to all processes of a job. A worker that ended by it would fail the
-    training before the parent has saved the run.
+    Schedulers send SIGTERM to all processes of a job. A worker that ended would fail the training
+    before the parent has saved the run.
     """
     if get_worker_info() is not None:
         _block_sigterm()
@@ -23,7 +24,7 @@ def leave_sigterm_to_parent() -> None:
 
 @cache  # once per process
 def _block_sigterm() -> None:
-    if not hasattr(signal, "sigwaitinfo"):  # as on macOS
+    if not hasattr(signal, "sigwaitinfo"):  # on macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_parent, daemon=True).start()

@@ -11,25 +11,27 @@ from torch import nn
 
 Norm = Union[str, Callable[[int], nn.Module]]
 
-# Types of devices on which a loop over the levels replaces the one operator for all of them. Times
-# on two cores of an Intel Xeon, 4 levels of 256 channels, as a multiple of the one operator's:
+# Device types on which a loop over the levels replaces one operator for all levels. Times of the
+# loop, divided by the operator's (two cores of an Intel Xeon, 4 levels of 256 channels):
 #   linear layers, 100 and 1000 boxes     forward 1.03, 1.00   backward 0.45, 0.88
 #   convs, contiguous, 100 and 1000       forward 0.95, 1.02   backward 0.89, 1.00
 #   convs, channels-last, 100 and 1000    forward 0.99, 1.08   backward 0.95, 1.02
-# A batched product of the convs' unfolded maps took 2 to 4 times as much. CUDA is not measured yet.
+# A batched product of the convs' unfolded maps took 2 to 4 times as long. Not measured: CUDA.
 LOOP_ON = ("cpu",)
 
-# Norms that treat each channel by itself, so that one of them serves all levels.
+# Norms that treat each channel by itself: a single norm can serve all levels.
 _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 class LevelwiseConv2d(nn.Conv2d):
     """
-    A 3x3 conv and a norm for each level, with independent weights: one grouped convolution, or a
-    loop where the weights are contiguous and the device is one of :data:`LOOP_ON`.
+    One 3x3 conv and one norm per level, with independent weights.
 
-    Along the first axis of every parameter and buffer, the levels follow each other, with
-    ``out_channels`` entries each.
+    The levels run as one grouped convolution. On the devices of :data:`LOOP_ON`, they run in a
+    loop if the weights are contiguous.
+
+    The first axis of every parameter and buffer holds ``out_channels`` entries of each level, in
+    the order of the levels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, levels: int, norm: Norm = ""):
@@ -37,7 +39,7 @@ class LevelwiseConv2d(nn.Conv2d):
         Args:
             in_channels, out_channels (int): channels of each level.
             levels (int): number of levels.
-            norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
+            norm (str or callable): norm of each level, see :func:`detectron2.layers.get_norm`.
         """
         super().__init__(
             levels * in_channels,
@@ -58,14 +60,14 @@ class LevelwiseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x (Tensor): shape (L, M, in_channels, h, w). In the memory order (M, h, w, L,
-                in_channels) it is not copied.
+            x (Tensor): shape (L, M, in_channels, h, w). A tensor with the memory order
+                (M, h, w, L, in_channels) is not copied.
 
         Returns:
             Tensor: shape (L, M, out_channels, h, w).
         """
-        # Not flatten and unflatten: in ONNX the former fails if M is 0, and the latter keeps the
-        # M of the example.
+        # reshape, because in ONNX flatten fails if M is 0, and unflatten keeps the M of the
+        # example.
         x = x.transpose(0, 1)
         x = x.reshape(x.shape[0], self.in_channels, *x.shape[3:])
         if x.device.type in LOOP_ON and self.weight.is_contiguous():
@@ -85,9 +87,10 @@ class LevelwiseConv2d(nn.Conv2d):
 
 class LevelwiseLinear(nn.Module):
     """
-    A linear layer and a norm for each level, with independent weights: one batched matrix product,
-    or a loop on the devices of :data:`LOOP_ON`. Parameters are laid out as in
-    :class:`LevelwiseConv2d`.
+    One linear layer and one norm per level, with independent weights.
+
+    The levels run as one batched matrix product, or in a loop on the devices of :data:`LOOP_ON`.
+    The layout of the parameters is that of :class:`LevelwiseConv2d`.
     """
 
     def __init__(self, in_features: int, out_features: int, levels: int, norm: Norm = ""):
@@ -95,7 +98,7 @@ class LevelwiseLinear(nn.Module):
         Args:
             in_features, out_features (int): length of each level's input and output.
             levels (int): number of levels.
-            norm (str or callable): of each level, see :func:`detectron2.layers.get_norm`.
+            norm (str or callable): norm of each level, see :func:`detectron2.layers.get_norm`.
         """
         super().__init__()
         self.in_features, self.out_features, self.levels = in_features, out_features, levels
@@ -122,7 +125,7 @@ class LevelwiseLinear(nn.Module):
             x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
         if self.norm is None:
             return x
-        # Detectron2's norms expect NCHW. No flatten and unflatten, see LevelwiseConv2d.
+        # Detectron2's norms expect NCHW. For reshape, see LevelwiseConv2d.
         x = x.transpose(0, 1)
         x = self.norm(x.reshape(x.shape[0], self.levels * self.out_features, 1, 1))[:, :, 0, 0]
         return x.reshape(x.shape[0], self.levels, self.out_features).transpose(0, 1)
@@ -134,7 +137,7 @@ class LevelwiseLinear(nn.Module):
 def _by_level(
     weight: torch.Tensor, bias: Optional[torch.Tensor], levels: int
 ) -> Iterator[Tuple[torch.Tensor, Optional[torch.Tensor]]]:
-    """Yield weight and bias of each level."""
+    """Yield the weight and bias of each level."""
     return zip(weight.chunk(levels), [None] * levels if bias is None else bias.chunk(levels))
 
 
@@ -144,7 +147,7 @@ class _NormOfEachLevel(nn.ModuleList):
 
 
 def _levelwise_norm(norm: Norm, channels: int, levels: int) -> Optional[nn.Module]:
-    """A norm of ``channels`` for each of the ``levels``, over all their channels in a row."""
+    """Return one norm per level, as one module over the concatenated channels of all levels."""
     if not norm:
         return None
     if norm == "GN":

@@ -11,7 +11,7 @@ from torch import nn
 
 class Linear(nn.Linear):
     """
-    :class:`torch.nn.Linear` and an optional norm, which can be any of
+    :class:`torch.nn.Linear`, followed by an optional norm: any norm of
     :func:`detectron2.layers.get_norm`.
     """
 

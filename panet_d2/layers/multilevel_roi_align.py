@@ -12,14 +12,14 @@ from torchvision.ops import roi_align
 from ..errors import ConfigError, ExportError
 from .roi_align_cpu import roi_align_levels_cpu
 
-# How the grids of one proposal become one. PANet (Sec. 3.2) uses "max"; it names "sum" beside it.
+# Element-wise fusions of a proposal's grids. PANet (Sec. 3.2) uses "max" and also names "sum".
 FUSIONS = ("max", "sum", "mean", "product")
 # The first ONNX opset whose RoIAlign can shift boxes by half a pixel, as ROIAlignV2 does.
 ONNX_OPSET = 16
 # Values of the environment variable PANET_D2_ROI_ALIGN.
 CHOICES = ("auto", "triton", "reference")
 
-# torch 2.1 does not have it.
+# torch 2.1 has no torch.compiler.is_compiling.
 _is_compiling = getattr(torch.compiler, "is_compiling", torch.jit.is_tracing)
 
 
@@ -32,7 +32,7 @@ def fuse_levels(levels: Iterable[torch.Tensor], fusion: str) -> torch.Tensor:
         fusion (str): one of :data:`FUSIONS`.
 
     Returns:
-        Tensor: of that shape.
+        Tensor: of the same shape.
 
     Raises:
         ValueError: if ``fusion`` is unknown.
@@ -65,17 +65,20 @@ def multilevel_roi_align(
     """
     Pool every box from every level, as in PANet's adaptive feature pooling (Sec. 3.2).
 
-    Half precision and bfloat16 are pooled in float32 and rounded once at the end. Box coordinates
-    are never rounded to the features' type, in which a coordinate above 2048 loses whole pixels.
+    float16 and bfloat16 features are pooled in float32 and rounded once, at the end. Box
+    coordinates are never rounded to these types: above 2048 they would lose whole pixels.
 
-    The implementation depends on the device: :func:`roi_align_levels_triton` on CUDA,
-    :func:`roi_align_levels_cpu` on the CPU, :func:`multilevel_roi_align_reference` for everything
-    else. The environment variable ``PANET_D2_ROI_ALIGN`` changes this: ``auto`` (the default) also
-    uses the reference where the Triton kernels fail a check at their first use; ``triton`` leaves
-    out this check, so that their errors are raised; ``reference`` uses the reference everywhere.
+    The device selects the implementation: :func:`roi_align_levels_triton` on CUDA,
+    :func:`roi_align_levels_cpu` on the CPU, else :func:`multilevel_roi_align_reference`. The
+    environment variable ``PANET_D2_ROI_ALIGN`` changes the selection:
 
-    On CUDA the gradient is a sum in no fixed order, as torchvision's is. Under
-    :func:`torch.use_deterministic_algorithms` it is torchvision's deterministic one.
+    - ``auto`` (default): the Triton kernels are checked at their first use. The reference replaces
+      kernels that fail.
+    - ``triton``: the Triton kernels are not checked, and their errors are raised.
+    - ``reference``: the reference is used on every device.
+
+    On CUDA, the gradient is summed in no fixed order, as in torchvision.
+    :func:`torch.use_deterministic_algorithms` selects torchvision's deterministic gradient.
 
     Args:
         features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), from fine to coarse, of
@@ -84,19 +87,19 @@ def multilevel_roi_align(
             pixels of the input image.
         scales (list[float]): 1 / stride of each level.
         output_size (tuple[int, int]): height h and width w of the grid.
-        sampling_ratio (int): samples along each side of a bin; 0 for as many as a bin covers
-            pixels of the level.
+        sampling_ratio (int): samples along each side of a bin; 0 for one sample per pixel of the
+            level.
         aligned (bool): shift the boxes by half a pixel, see :class:`detectron2.layers.ROIAlign`.
         fuse (str or None): how to fuse the levels, one of :data:`FUSIONS`.
 
     Returns:
-        Tensor: of the type of the features; shape (L, M, C, h, w) where ``fuse`` is None, else
+        Tensor: of the type of the features; shape (L, M, C, h, w) if ``fuse`` is None, else
         (M, C, h, w). Channels are last in memory, except from the reference.
 
     Raises:
         ValueError: if ``fuse`` is unknown.
-        ConfigError: if ``PANET_D2_ROI_ALIGN`` has another value.
-        ExportError: while exporting to an ONNX opset whose RoIAlign gives other results.
+        ConfigError: if the value of ``PANET_D2_ROI_ALIGN`` is unknown.
+        ExportError: during an export to an ONNX opset whose RoIAlign gives other results.
     """
     if aligned and torch.onnx.is_in_onnx_export():
         _check_opset()
@@ -105,13 +108,13 @@ def multilevel_roi_align(
     if chosen == "triton":
         from .roi_align_triton import TRITON_FUSIONS, roi_align_levels_triton
 
-        on_the_way = fuse if fuse in TRITON_FUSIONS else None
+        in_kernel = fuse if fuse in TRITON_FUSIONS else None
         result = roi_align_levels_triton(
-            features, boxes, scales, output_size, sampling_ratio, aligned, on_the_way
+            features, boxes, scales, output_size, sampling_ratio, aligned, in_kernel
         )
-        return fuse_levels(result.unbind(), fuse) if fuse and not on_the_way else result
+        return fuse_levels(result.unbind(), fuse) if fuse and not in_kernel else result
 
-    # Double stays double, for gradient checks.
+    # float64 is kept for gradient checks.
     pooled_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     args = (scales, output_size, sampling_ratio, aligned)
     features, boxes = [f.to(pooled_dtype) for f in features], boxes.to(pooled_dtype)
@@ -130,14 +133,14 @@ def multilevel_roi_align(
 def _check_opset() -> None:
     from torch.onnx import symbolic_helper
 
-    # The exporter keeps it in a module whose place differs from version to version of torch.
+    # The module of the exporter's GLOBALS differs between versions of torch.
     module = sys.modules[symbolic_helper.parse_args.__module__]
     opset = vars(module)["GLOBALS"].export_onnx_opset_version
     if opset < ONNX_OPSET:
         raise ExportError(
-            f"ONNX opset {opset} has no RoIAlign for POOLER_TYPE ROIAlignV2, and the file would "
-            f"find other objects; export with opset {ONNX_OPSET}, as tools/export_model.py of "
-            "panet_d2 does."
+            f"ONNX opset {opset} has no RoIAlign for POOLER_TYPE ROIAlignV2, so the exported model "
+            f"would give other results; export with opset {ONNX_OPSET}, as tools/export_model.py "
+            "of panet_d2 does."
         )
 
 
@@ -146,7 +149,7 @@ def roi_align_choice() -> str:
     Return the environment variable ``PANET_D2_ROI_ALIGN``, one of :data:`CHOICES`.
 
     Raises:
-        ConfigError: if its value is another.
+        ConfigError: if the value is unknown.
     """
     choice = os.environ.get("PANET_D2_ROI_ALIGN") or "auto"
     if choice not in CHOICES:
@@ -165,9 +168,11 @@ def implementation(
     fuse: Optional[str] = None,
 ) -> str:
     """
-    Choose the implementation for these features: "triton", "cpu" or "reference". The first choice
-    on a CUDA device checks the kernels, see :func:`panet_d2.layers.roi_align_check.triton_failure`;
-    with an ``output_size``, also those of this use.
+    Choose the implementation for these features: "triton", "cpu" or "reference".
+
+    On a CUDA device, the first call checks the kernels, see
+    :func:`panet_d2.layers.roi_align_check.triton_failure`. With an ``output_size``, the kernels of
+    this use are checked too.
 
     Args:
         features, sampling_ratio, output_size, aligned, fuse: see :func:`multilevel_roi_align`.
@@ -219,8 +224,8 @@ def multilevel_roi_align_reference(
     fuse: Optional[str] = None,
 ) -> torch.Tensor:
     """
-    The definition of :func:`multilevel_roi_align`: torchvision's RoIAlign, level by level. Features
-    and boxes must be of one type, float32 or float64.
+    Reference for :func:`multilevel_roi_align`: torchvision's RoIAlign, level by level. Features and
+    boxes must have the same type, float32 or float64.
     """
     pooled = [
         roi_align(feature, boxes, output_size, scale, sampling_ratio, aligned)

@@ -14,20 +14,20 @@ from .multilevel_roi_align import multilevel_roi_align_reference
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SIZE = (64, 48)  # width and height of the images
-# No sample lies at the distance from the border where it stops counting: rounding would decide.
+# No sample lies exactly where samples stop counting, because rounding would decide there.
 _BOXES = (
     (0, 5, 6, 41, 30),
     (1, 0.5, 1, 63, 47),
     (0, -20, -12, 30, 22),  # across the border
     (1, 43, 31, 89, 66),
-    (0, -3.5, -3.25, 2, 1.5),  # up to a pixel outside, samples take the border's value
+    (0, -3.5, -3.25, 2, 1.5),  # samples up to one pixel outside take the border's value
     (1, 200, 200, 240, 230),  # outside
 )
-_INSIDE = ((0, 5.3, 6.7, 41.1, 30.9), (1, 0.6, 1.7, 62.9, 47.1))  # for every grid and scale
+_INSIDE = ((0, 5.3, 6.7, 41.1, 30.9), (1, 0.6, 1.7, 62.9, 47.1))  # inside for all grids and scales
 
 
 class Use(NamedTuple):
-    """What a kernel is compiled for, beside device and type."""
+    """What a kernel is compiled for, in addition to the device and the type."""
 
     levels: int
     channels: int
@@ -47,17 +47,18 @@ def triton_failure(
     device: torch.device, dtype: torch.dtype, use: Optional[Use] = None, backward: bool = False
 ) -> Optional[str]:
     """
-    Say whether the Triton kernels are right. The first call for a device and type pools and
-    back-propagates a small pyramid with every fusion, and compares with torchvision in float64. The
-    first call for a use does the same with the kernels of that use, which must be compiled anyway.
-    Later calls return the same answer. A failure is logged once, as a warning, and is the answer
-    for all uses.
+    Check the Triton kernels against torchvision.
+
+    The first call for a device and type pools and back-propagates a small pyramid with every
+    fusion. The results must match torchvision's in float64. The first call for a use does the same
+    with the kernels of that use, which must be compiled anyway. Later calls return the same answer.
+    A failure is logged once, as a warning, and is the answer for all uses.
 
     Args:
         device (torch.device): where the feature maps are.
         dtype (torch.dtype): of the feature maps, one of :data:`DTYPES`.
-        use (Use or None): what the kernels will be run for.
-        backward (bool): whether gradients of that use will be asked for.
+        use (Use or None): what the kernels will run for.
+        backward (bool): whether the use needs gradients.
 
     Returns:
         str or None: what failed; None if the kernels are right.
@@ -69,7 +70,8 @@ def triton_failure(
         )
         if not known:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return "no check during the capture of a CUDA graph"  # nor an answer for later
+                # Not stored: a later call checks.
+                return "no check during the capture of a CUDA graph"
             failure = _failures.get(key, "")
             if failure == "":
                 failure = _check(device, dtype, _small_uses, _BOXES, True)
@@ -80,9 +82,9 @@ def triton_failure(
             if failure:
                 gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
                 logger.warning(
-                    "RoIAlign on %s%s is torchvision's, which is right but slower: the kernels of "
-                    "%s failed their check for %s: %s. Set PANET_D2_ROI_ALIGN=reference to leave "
-                    "out this check.",
+                    "RoIAlign on %s%s is torchvision's, which is correct but slower: the kernels "
+                    "of %s failed their check for %s: %s. Set PANET_D2_ROI_ALIGN=reference to skip "
+                    "this check.",
                     device,
                     gpu,
                     _triton_version(),
@@ -93,10 +95,10 @@ def triton_failure(
 
 
 def _small_uses() -> List[Use]:
-    """Every fusion that the kernels know; with few channels and samples, which compile fast."""
-    from .roi_align_triton import TRITON_FUSIONS  # here, because it fails without Triton
+    """Return a small use for every fusion of the kernels: few channels and samples compile fast."""
+    from .roi_align_triton import TRITON_FUSIONS  # here, because the import fails without Triton
 
-    # One sample a bin where that is enough: it compiles in a third of the time.
+    # One sample per bin compiles in a third of the time.
     return [Use(2, 12, (3, 2), 1 if fuse else 2, True, fuse) for fuse in TRITON_FUSIONS]
 
 
@@ -110,14 +112,14 @@ def _check(
     try:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs a GPU of compute capability 7.0 or later"
-        # Whatever the caller has chosen, and without the random numbers that it will draw.
+        # Independent of the modes that the caller has set.
         with torch.inference_mode(False), torch.enable_grad():
             with torch.autocast(device.type, enabled=False):
                 found = (_difference(device, dtype, use, boxes, backward) for use in uses())
                 return next(filter(None, found), None)
     except torch.cuda.OutOfMemoryError:
-        raise  # it is not the kernels'
-    except Exception as e:  # Triton, its compiler, the driver and a broken kernel raise their own
+        raise  # not a fault of the kernels
+    except Exception as e:  # Triton, its compiler, the driver and broken kernels: each its own type
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
 
 
@@ -128,7 +130,7 @@ def _difference(
     boxes: Sequence[Tuple[float, ...]],
     backward: bool,
 ) -> Optional[str]:
-    """Say what the kernels give differently from torchvision, beyond rounding."""
+    """Return how the kernels' results differ from torchvision's beyond rounding, or None."""
     from .roi_align_triton import roi_align_levels_triton
 
     generator = torch.Generator("cpu").manual_seed(0)
@@ -137,7 +139,7 @@ def _difference(
         return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     scales = [2.0 ** -(2 + i) for i in range(use.levels)]
-    # Levels in turn have the larger values, so that rounding never decides which has the maximum.
+    # Another level in each channel has the larger values, so that rounding never decides a maximum.
     channel = torch.arange(use.channels, device="cpu").view(-1, 1, 1)
     features = [
         (
@@ -163,7 +165,7 @@ def _difference(
         theirs = _run(multilevel_roi_align_reference, exact, some.double(), upstream, args)
         for name, a, b in zip(("values", *["gradients"] * use.levels), ours, theirs):
             error = (a - b).abs()
-            # Half precision is rounded once, at the end; float32 is summed in another order.
+            # float16 and bfloat16 are rounded once, at the end. float32 has another order of sums.
             if not (error <= torch.finfo(dtype).eps * b.abs() + 1e-4).all():
                 return (
                     f"{name} with fusion {use.fuse!r} differ from torchvision's by up to "
@@ -179,7 +181,7 @@ def _run(
     upstream: Optional[torch.Tensor],
     args: tuple,
 ) -> List[torch.Tensor]:
-    """Return values and, with an upstream gradient, gradients; in float64 on the CPU."""
+    """Return values and, with an upstream gradient, gradients, all in float64 on the CPU."""
     leaves = [f.detach().requires_grad_(upstream is not None) for f in features]
     outputs = [op(leaves, boxes, *args)]
     if upstream is not None:

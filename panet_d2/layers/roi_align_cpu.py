@@ -17,16 +17,17 @@ def roi_align_levels_cpu(
     aligned: bool,
 ) -> Iterator[torch.Tensor]:
     """
-    torchvision's RoIAlign of the same boxes on several feature maps, one after the other.
+    Compute torchvision's RoIAlign of the same boxes on several feature maps, map by map.
 
-    torchvision's CPU kernel runs on one core. A bin is a weighted sum of the pixels around its
-    samples, which an embedding bag computes, forward and backward, vectorised and on all cores.
+    torchvision's CPU kernel runs on one core. Here, an embedding bag computes each bin as a
+    weighted sum of the pixels around the bin's samples. Its forward and backward are vectorised and
+    use all cores.
 
     Args:
         features (list[Tensor]): L feature maps of shape (B, C, H_l, W_l), float32 or float64.
             Channels-last maps are not copied.
         boxes (Tensor): shape (M, 5), of the same type: index in the batch, x0, y0, x1, y1.
-        scales (list[float]): L factors from box coordinates to the feature map's.
+        scales (list[float]): L factors from box coordinates to each feature map's.
         output_size (tuple[int, int]): height h and width w of the grid.
         sampling_ratio (int): samples along each side of a bin, at least 1.
         aligned (bool): shift the boxes by half a pixel.
@@ -61,12 +62,12 @@ def _samples(
     aligned: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    The pixels of each bin, as rows of the table, and their weights. Both have the shape
+    Return the pixels of each bin, as rows of the table, and their weights. Both have the shape
     (M, h, w, 2 ratio, 2 ratio), because every sample lies between two rows and two columns.
     """
     x0, y0, x1, y1 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(dim=1)
     sides = [y1 - y0, x1 - x0]
-    if not aligned:  # the old RoIAlign makes every box at least a pixel large
+    if not aligned:  # the old RoIAlign makes every box at least one pixel large
         sides = [side.clamp(min=1.0) for side in sides]
     (rows, row_weights), (columns, column_weights) = (
         _axis_samples(start, side / bins, bins, ratio, extent)
@@ -83,16 +84,16 @@ def _axis_samples(
     start: torch.Tensor, bin_size: torch.Tensor, bins: int, ratio: int, extent: int
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """
-    Neighbours of the samples along one axis and their weights, both of shape (M, bins, 2 ratio).
-    As in torchvision, a sample up to one pixel outside takes the border's value; further out it is
-    zero.
+    Return the neighbours of the samples along one axis and their weights, both of shape (M, bins,
+    2 ratio). As in torchvision, a sample up to one pixel outside takes the border's value. A sample
+    further out is zero.
     """
     # In torchvision's order of operations, so that positions are rounded the same way.
     of_bin = start[:, None] + torch.arange(bins, dtype=start.dtype) * bin_size[:, None]
     in_bin = (torch.arange(ratio, dtype=start.dtype) + 0.5) * bin_size[:, None] / ratio
     position = of_bin[:, :, None] + in_bin[:, None, :]
     counts = (position >= -1.0) & (position <= extent)
-    # Also keeps what is not finite out of the indices.
+    # Also keeps NaN and infinity out of the indices.
     position = torch.where(counts, position, 0.0).clamp(min=0.0, max=extent - 1)
     low = position.floor()
     fraction = position - low

@@ -11,15 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from .roi_align_check import DTYPES
 
-# What the kernels are told by number. "product" is not among them: its gradient needs the pooled
-# grids of all other levels, so that there would be nothing to save.
+# The fusions in the kernels, by number. "product" is not among them, because its gradient needs the
+# pooled grids of all levels: a fused kernel would save no memory.
 TRITON_FUSIONS = {None: 0, "max": 1, "sum": 2, "mean": 3}
 
 MAX_LEVELS = 8  # the levels that win a maximum are kept as the bits of one byte
 MAX_SAMPLING_RATIO = 4  # the kernels unroll their loops over samples
 
-# Bins times channels that a program works on at once: 8 values a thread, which in half precision
-# are one load of 16 bytes. Twice as many would double the registers and halve the occupancy.
+# Bins times channels that a program works on at once: 8 values per thread, which are one load of
+# 16 bytes in half precision. Twice as many would double the registers and halve the occupancy.
 _TILE = 1024
 _MAX_CHANNELS = 256
 _NUM_WARPS = 4
@@ -28,11 +28,12 @@ _NUM_WARPS = 4
 @triton.jit
 def _neighbours(first, bin_size, bin, sample, extent, RATIO: tl.constexpr):
     """
-    The two pixels along one axis between which a sample of each bin lies, and their weights. As in
-    torchvision, up to one pixel outside a sample takes the border's value, further out it is zero.
+    Return the two pixels around a sample of each bin along one axis, and their weights. As in
+    torchvision, a sample up to one pixel outside takes the border's value. A sample further out is
+    zero.
     """
     position = first + bin * bin_size + (sample + 0.5) * bin_size / RATIO
-    counts = (position >= -1.0) & (position <= extent)  # false for what is not a number
+    counts = (position >= -1.0) & (position <= extent)  # false for NaN
     position = tl.where(counts, position, 0.0)
     position = tl.minimum(tl.maximum(position, 0.0), extent - 1.0)
     low = position.to(tl.int32)
@@ -43,7 +44,7 @@ def _neighbours(first, bin_size, bin, sample, extent, RATIO: tl.constexpr):
 
 @triton.jit
 def _corner(y, x, width, channels, CORNER: tl.constexpr):
-    """Place and weight of one of the four pixels around a sample, from both axes' neighbours."""
+    """Return offset and weight of one of the four pixels around a sample."""
     at_y, y_weight = y[CORNER // 2], y[2 + CORNER // 2]
     at_x, x_weight = x[CORNER % 2], x[2 + CORNER % 2]
     return (at_y.to(tl.int64) * width + at_x) * channels, y_weight * x_weight
@@ -51,18 +52,18 @@ def _corner(y, x, width, channels, CORNER: tl.constexpr):
 
 @triton.jit
 def _axis(start, end, scale, bins, ALIGNED: tl.constexpr):
-    """Start of a box along one axis of a level, and the size of its bins."""
+    """Return the start of a box along one axis of a level, and the size of the box's bins."""
     offset = 0.5 if ALIGNED else 0.0
     first = start * scale - offset
     side = end * scale - offset - first
-    if not ALIGNED:  # the old RoIAlign makes every box at least a pixel large
+    if not ALIGNED:  # the old RoIAlign makes every box at least one pixel large
         side = tl.maximum(side, 1.0)
     return first, side / bins
 
 
 @triton.jit
 def _tile(box_tile, boxes, bins_h, bins_w, channels, BINS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Which box, bins and channels a program works on; tiles of one box follow each other."""
+    """Return the box, bins and channels of a program. Tiles of one box are consecutive."""
     tiles = (bins_h * bins_w + BINS - 1) // BINS
     box = (box_tile // tiles).to(tl.int64)
     bin = (box_tile % tiles) * BINS + tl.arange(0, BINS)
@@ -84,7 +85,7 @@ def _forward_kernel(
     scales,
     boxes,  # (M, 5), float32
     out,  # (M, bins, C), or (M, bins, L, C) without a fusion
-    winners,  # (M, bins, C), a byte each: bit l is set where level l has the maximum
+    winners,  # (M, bins, C), bytes: bit l is set where level l has the maximum
     channels,
     bins_h,
     bins_w,
@@ -133,7 +134,7 @@ def _forward_kernel(
                 fused = pooled
                 bits += 1
             else:
-                # Not a number wins, as in torch.maximum.
+                # NaN wins, as in torch.maximum.
                 wins = (pooled > fused) | (pooled != pooled)
                 bits = tl.where(
                     wins, 1 << level, tl.where(pooled == fused, bits | (1 << level), bits)
@@ -150,7 +151,7 @@ def _forward_kernel(
             tl.store(winners + at, bits.to(tl.uint8), mask=inside)
 
 
-# An argument that is 1 would be compiled in.
+# Triton would compile an argument of 1 as a constant.
 @triton.jit(do_not_specialize=["channel_step"])
 def _backward_kernel(
     gradients,  # tuple of (B, H_l, W_l, C), float32, zero at first
@@ -185,11 +186,11 @@ def _backward_kernel(
             bits = tl.load(winners + at, mask=inside, other=0).to(tl.int32)
         elif FUSE == 3:
             gradient = gradient / LEVELS
-    # Each thread adds one value at a time. For a warp to add to neighbouring ones, and not each
-    # thread to a run of its own, the compiler must not know that channels are next to each other.
+    # A warp should add to neighbouring channels, and not each thread to a run of channels. For
+    # this, the compiler must not know that the channels are neighbours.
     target = channel * channel_step
-    # From the last level to the first, as the gradient passes a chain of torch.maximum: where
-    # levels are equal, each maximum hands on half of what reaches it.
+    # From the last level to the first, as in the backward of a chain of torch.maximum: for equal
+    # levels, each maximum gives half of its gradient to either input.
     for level in tl.static_range(LEVELS - 1, -1, -1):
         share = gradient
         if FUSE == 0:
@@ -224,12 +225,12 @@ def _backward_kernel(
 
 
 class _RoIAlignLevels(torch.autograd.Function):
-    """Both kernels; features are one argument each, as autograd wants them."""
+    """Both kernels. Each feature map is an argument, because autograd sees only arguments."""
 
     @staticmethod
     def forward(ctx, boxes, scales, output_size, ratio, aligned, fuse, *features):
         dtype, (_, channels, _, _) = features[0].dtype, features[0].shape
-        # (B, H, W, C) in memory; channels-last features are taken as they are.
+        # (B, H, W, C) in memory; channels-last features are not copied.
         maps = tuple(f.permute(0, 2, 3, 1).contiguous() for f in features)
         boxes = boxes.to(torch.float32).contiguous()
         ctx.shapes = [tuple(m.shape) for m in maps]
@@ -270,7 +271,7 @@ class _RoIAlignLevels(torch.autograd.Function):
         boxes, winners = ctx.saved_tensors
         back = (1, 3, 4, 0, 2) if ctx.fuse is None else (0, 2, 3, 1)
         upstream = upstream.permute(back).contiguous()
-        # Sums of up to thousands of terms, so in float32 whatever the features are.
+        # float32 for all types of features, because the sums have up to thousands of terms.
         gradients = tuple(
             torch.zeros(shape, dtype=torch.float32, device=upstream.device) for shape in ctx.shapes
         )
@@ -300,12 +301,11 @@ class _RoIAlignLevels(torch.autograd.Function):
 
 def covers(features: List[torch.Tensor], sampling_ratio: int) -> bool:
     """
+    Whether :func:`roi_align_levels_triton` supports these feature maps.
+
     Args:
         features (list[Tensor]): feature maps on a CUDA device.
         sampling_ratio (int): samples along each side of a bin.
-
-    Returns:
-        bool: whether :func:`roi_align_levels_triton` can pool from them.
     """
     return (
         len(features) <= MAX_LEVELS
@@ -317,14 +317,14 @@ def covers(features: List[torch.Tensor], sampling_ratio: int) -> bool:
 
 def _sizes(shapes: Sequence[Tuple[int, ...]]) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
     """
-    Heights and widths of maps of shape (B, H, W, C). They are floats, because Triton compiles anew
-    for integers that are multiples of 16, and so for almost every size of images.
+    Return heights and widths of maps of shape (B, H, W, C). They are floats, because Triton
+    compiles again for integers that are multiples of 16, and so for almost every image size.
     """
     return tuple(float(s[1]) for s in shapes), tuple(float(s[2]) for s in shapes)
 
 
 def _launch(num_boxes: int, channels: int, output_size: Tuple[int, int]) -> Tuple[tuple, dict]:
-    """Grid of a launch, and the sizes of a program's tile."""
+    """Return the grid of a launch, and the sizes of a program's tile."""
     block_channels = min(_MAX_CHANNELS, triton.next_power_of_2(channels))
     num_bins = output_size[0] * output_size[1]
     block_bins = min(max(1, _TILE // block_channels), triton.next_power_of_2(num_bins))
@@ -342,10 +342,10 @@ def roi_align_levels_triton(
     fuse: Optional[str] = None,
 ) -> torch.Tensor:
     """
-    torchvision's RoIAlign of the same boxes on several feature maps, fused on the way.
+    Compute torchvision's RoIAlign of the same boxes on several feature maps, and fuse the results.
 
-    All arithmetic is in float32. A fusion keeps nothing of the single levels except, for the
-    backward of "max", one byte per element of the result.
+    All arithmetic is in float32. A fusion does not store the grids of single levels. The backward
+    of "max" needs one byte per element of the result.
 
     Args:
         features (list[Tensor]): at most :data:`MAX_LEVELS` maps of shape (B, C, H_l, W_l), all
@@ -361,7 +361,7 @@ def roi_align_levels_triton(
         Tensor: of the type of the features, channels last in memory; shape (L, M, C, h, w) if
         ``fuse`` is None, else (M, C, h, w).
     """
-    # Triton launches on the current device, which need not be the one that the tensors are on.
+    # Triton launches on the current device, which can differ from the tensors' device.
     with torch.cuda.device_of(boxes):
         return _RoIAlignLevels.apply(
             boxes.detach(), scales, output_size, sampling_ratio, aligned, fuse, *features

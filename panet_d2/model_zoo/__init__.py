@@ -1,4 +1,4 @@
-"""The configs of this package, and models made from them, as Detectron2's model zoo has them."""
+"""Configs of this package and models built from them, with the API of Detectron2's model zoo."""
 
 from .model_zoo import get, get_checkpoint_url, get_config, get_config_file
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import add_panet_config
 
-# An installed package has the configs inside, a checkout at its top.
+# An installed package contains configs/; a checkout has configs/ at the top.
 _HERE = Path(__file__).resolve()
 _FOLDERS = (_HERE.parent / "configs", _HERE.parents[2] / "configs")
 
@@ -38,13 +38,15 @@ def get_config_file(config_path: str) -> str:
 
 def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:
     """
+    Load a config of this package.
+
     Args:
         config_path (str): see :func:`get_config_file`.
         trained (bool): True raises a RuntimeError, because there are no trained weights.
 
     Returns:
-        CfgNode or omegaconf.DictConfig: the config of a YAML file, with PANet's keys, or the
-        LazyConfig of a Python file.
+        CfgNode or omegaconf.DictConfig: a CfgNode with PANet's keys for a YAML file, a LazyConfig
+        for a Python file.
     """
     cfg_file = get_config_file(config_path)
     if trained:
@@ -63,7 +65,7 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
 
     Args:
         config_path, trained: see :func:`get_config`.
-        device (str or None): None for the config's device, or "cpu" if there is no CUDA.
+        device (str or None): None for the config's device, or for "cpu" if there is no CUDA.
     """
     cfg = get_config(config_path, trained)
     if device is None and not torch.cuda.is_available():

@@ -20,9 +20,9 @@ from .fingerprint import Fingerprint
 
 def anchor_strides(cfg: CfgNode) -> Optional[List[int]]:
     """
-    Return the strides of the feature maps that have anchors, which are in the names of FPN's
-    levels: "p2" is of stride 4. None if other maps have anchors, or the anchors are of another kind
-    than Detectron2's default.
+    Return the strides of the feature maps that have anchors, from the names of FPN's levels: "p2"
+    has stride 4. Return None if other maps have anchors, or the generator is not Detectron2's
+    DefaultAnchorGenerator.
     """
     names = (cfg.MODEL.RETINANET if is_architecture(cfg, RetinaNet) else cfg.MODEL.RPN).IN_FEATURES
     levels = [re.fullmatch(r"p(\d+)", name) for name in names]
@@ -33,12 +33,14 @@ def anchor_strides(cfg: CfgNode) -> Optional[List[int]]:
 
 def resized(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     """
+    Compute the sizes of images after the resize at inference.
+
     Args:
-        cfg (CfgNode): ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
-        sizes (np.ndarray): shape (N, 2), height and width of images.
+        cfg (CfgNode): ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST`` are used.
+        sizes (np.ndarray): shape (N, 2), height and width of images in pixels.
 
     Returns:
-        np.ndarray: shape (N, 2), height and width that the model sees, at least a pixel each.
+        np.ndarray: shape (N, 2), height and width in pixels, at least 1.
     """
     shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     if shortest == 0 or not len(sizes):
@@ -49,7 +51,7 @@ def resized(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
 
 def scaled_boxes(cfg: CfgNode, fingerprint: Fingerprint) -> np.ndarray:
-    """Return the boxes, shape (M, 4), in pixels of the images as the model sees them."""
+    """Return the boxes in pixels of the :func:`resized` images, shape (M, 4)."""
     factors = (resized(cfg, fingerprint.sizes) / fingerprint.sizes)[fingerprint.images]
     return fingerprint.boxes * factors[:, [1, 0, 1, 0]]
 
@@ -65,11 +67,11 @@ def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarr
     Compute the highest IoU that an anchor of a config has with each object, at the test scale.
 
     Args:
-        cfg (CfgNode): the sizes of ``INPUT``, and the anchors.
+        cfg (CfgNode): the sizes of ``INPUT`` and the anchors are used.
         fingerprint (Fingerprint): the dataset.
 
     Returns:
-        np.ndarray or None: shape (M,). None where :func:`anchor_strides` is.
+        np.ndarray or None: shape (M,). None if :func:`anchor_strides` returns None.
     """
     strides = anchor_strides(cfg)
     if strides is None:
@@ -83,8 +85,8 @@ def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarr
     centers = Boxes(boxes).get_centers()  # x, y
     best = torch.zeros(len(boxes))
     for stride, cells in zip(strides, generator.cell_anchors):
-        # Of anchors of one shape, the one whose center is nearest has the highest IoU, because the
-        # intersection falls with the distance along each axis.
+        # Among anchors of one shape, the one with the nearest center has the highest IoU, because
+        # the intersection falls with the distance along each axis.
         last = (shapes.flip(1) / stride).ceil() - 1
         place = (centers / stride - node.OFFSET).round().clamp(min=0).minimum(last)
         nearest = ((place + node.OFFSET) * stride).repeat(1, 2)
@@ -100,13 +102,13 @@ def share_above(overlaps: np.ndarray, threshold: float = 0.5) -> float:
 
 def anchor_recall(cfg: CfgNode, fingerprint: Fingerprint) -> Dict[str, float]:
     """
-    Predict, from boxes and anchors alone, the recall of the proposals at an IoU of 0.5.
+    Predict the recall of the proposals at an IoU of 0.5 from boxes and anchors alone.
 
     Returns:
-        dict[str, float]: the share of objects that some anchor overlaps by an IoU of 0.5, in the
-        form of :func:`panet_d2.analysis.object_recall`: in percent of "all" objects and of COCO's
-        "small", "medium" and "large" objects, NaN if there are none. Empty where
-        :func:`anchor_strides` is None.
+        dict[str, float]: the share of objects that some anchor overlaps with an IoU of 0.5 or more,
+        in the form of :func:`panet_d2.analysis.object_recall`: in percent of "all" objects and of
+        COCO's "small", "medium" and "large" objects; NaN if there are none. Empty if
+        :func:`anchor_strides` returns None.
     """
     overlaps, areas = anchor_overlaps(cfg, fingerprint), fingerprint.areas
     if overlaps is None:

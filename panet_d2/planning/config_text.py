@@ -44,12 +44,11 @@ def _lines(tree: Dict[str, Any], indent: str) -> List[str]:
             lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
             continue
         line = f"{indent}{key}: {_scalar(value.value)}"
+        entries: List[str] = []
         rows = isinstance(value.value, (list, tuple)) and value.value
         if rows and all(isinstance(v, (list, tuple)) for v in rows) and len(line) > _COLUMNS:
             line = f"{indent}{key}:"
             entries = [f"{indent}  - {_scalar(v)}" for v in rows]
-        else:
-            entries = []
         beside = f"{line}  # {value.reason}"
         if len(beside) <= _COLUMNS:
             lines.append(beside)
@@ -76,7 +75,7 @@ def _comment(text: str, indent: str) -> List[str]:
 
 
 def _scalar(value: Any) -> str:
-    """YAML in one line; the end mark after a plain value is left out."""
+    """Return a value as one line of YAML, without the document end mark."""
     text = yaml.safe_dump(
         plain(value), default_flow_style=True, width=float("inf"), allow_unicode=True
     )

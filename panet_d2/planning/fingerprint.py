@@ -1,4 +1,4 @@
-"""What a dataset in COCO format is like: the measurements that a config follows from."""
+"""Measurements of a dataset in COCO format, from which a config is planned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.check import read_coco, refuse_errors, see_all
+from ..data.check import raise_errors, read_coco
 from ..data.check_annotations import check_annotations
 from ..data.problem import Problem
 from ..errors import DataError
@@ -25,26 +25,26 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 OVERLAPS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FEWEST_OBJECTS = 10  # quantiles of fewer objects say nothing
 
-# What exporters and photographers' programs append to the name of a copy.
+# What annotation and photo tools append to the name of a copy.
 _COPY = re.compile(
     r"(\.rf\.[0-9a-f]+|[ _-]*(copy|aug(mented)?|flip(ped)?|rot(ated)?)[ _-]*\d*|[ _]*\(\d+\))+$"
 )
 
-_COUNTER = re.compile(r"(image|img|im|frame)?[ _-]*\d{1,6}")
+_COUNTER = re.compile(r"(image|img|im|frame)?[ _-]*\d{1,6}")  # such names match by chance
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """
-    Measurements of a dataset. N is its number of images, M its number of objects: annotations with
-    a box of some area that are not crowds.
+    Measurements of a dataset with N images and M objects. Objects are annotations that are not
+    crowd regions and whose box has an area.
 
     Attributes:
         sizes (np.ndarray): shape (N, 2), height and width of each image in pixels.
         boxes (np.ndarray): shape (M, 4), x0, y0, x1, y1 in pixels of the original images.
         images (np.ndarray): shape (M,), index of each object's image.
         classes (np.ndarray): shape (M,), index of each object's class.
-        areas (np.ndarray): shape (M,), annotated areas in pixels, or else those of the boxes.
+        areas (np.ndarray): shape (M,), annotated areas in pixels, else areas of the boxes.
         overlaps (np.ndarray): shape (M,), the highest IoU of the object's box with an earlier
             object of its image, so that each pair counts once; 0 if there is none.
         class_overlaps (np.ndarray): the same among objects of one class.
@@ -92,13 +92,13 @@ class Fingerprint:
 
     @cached_property
     def aspect_ratios(self) -> np.ndarray:
-        """Shape (M,), height divided by width of each box, as Detectron2's anchors have it."""
+        """Shape (M,), height divided by width of each box, as for Detectron2's anchors."""
         width, height = (self.boxes[:, 2:] - self.boxes[:, :2]).T
         return height / width
 
     @cached_property
     def objects_per_image(self) -> np.ndarray:
-        """Shape (N,)."""
+        """Shape (N,), the number of objects in each image."""
         return np.bincount(self.images, minlength=len(self.sizes))
 
     @cached_property
@@ -113,7 +113,7 @@ class Fingerprint:
         return float((self.objects_per_image == 0).mean())
 
     def doubt(self) -> str:
-        """Why sizes cannot be planned from this data, or ""."""
+        """Return why sizes cannot be planned from this dataset, or ""."""
         if len(self.boxes) == 0:
             return "the data has no objects"
         if (self.objects_per_image > 0).sum() < 2:
@@ -121,11 +121,11 @@ class Fingerprint:
         if len(self.boxes) < _FEWEST_OBJECTS:
             return f"the data has only {len(self.boxes)} objects"
         if np.ptp(np.log(self.sides)) < 0.01 and np.ptp(np.log(self.relative_sides)) < 0.01:
-            return "all boxes are of one size"
+            return "all boxes have the same size"
         return ""
 
     def summary(self) -> Dict[str, Any]:
-        """Return what ``--output`` writes as JSON: counts, shares and quantiles."""
+        """Return counts, shares and quantiles, ready for JSON."""
         common, rare = self.images_per_class.max(initial=0), self.images_per_class.min(initial=0)
         return {
             "images": len(self.sizes),
@@ -179,7 +179,7 @@ def read_fingerprint(json_file: str, image_root: str, evaluated: bool = False) -
     Args:
         json_file (str): annotation file in COCO format.
         image_root (str): folder of the images.
-        evaluated (bool): whether models are evaluated on it; otherwise they are trained on it.
+        evaluated (bool): whether models are evaluated on the dataset or, if False, trained on it.
 
     Raises:
         DataError: if the dataset cannot be used.
@@ -187,11 +187,11 @@ def read_fingerprint(json_file: str, image_root: str, evaluated: bool = False) -
     content = read_coco(json_file)
     if not PathManager.isdir(image_root):
         raise DataError(f"there is no image folder {image_root}.")
-    hint = see_all(json_file, image_root)
     problems = check_annotations(content, evaluated=evaluated, trained=not evaluated)
-    refuse_errors(problems, json_file, hint)
+    raise_errors(problems, json_file, image_root)
     images = tqdm(content["images"], desc="image headers", unit="image", disable=None)
-    refuse_errors([p for i in images for p in _header_problems(i, image_root)], json_file, hint)
+    problems = [p for i in images for p in _header_problems(i, image_root)]
+    raise_errors(problems, json_file, image_root)
     return measure(content)
 
 
@@ -205,7 +205,7 @@ def _header_problems(record: dict, root: str) -> Iterable[Problem]:
     except Exception as e:  # Pillow raises almost any error for broken images
         return [Problem(path, "image cannot be read", f"{type(e).__name__}: {e}")]
     annotated = (record["width"], record["height"])
-    if annotated not in (size, size[::-1]):  # EXIF may turn it
+    if annotated not in (size, size[::-1]):  # EXIF can turn the image
         detail = f"{size[0]}x{size[1]}; annotated is {annotated[0]}x{annotated[1]}"
         return [Problem(path, "image has another size than annotated", detail)]
     return []
@@ -234,7 +234,7 @@ def measure(content: dict) -> Fingerprint:
         height, width = sizes[i]
         x, y, w, h = a["bbox"]
         box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
-        if box[2] <= box[0] or box[3] <= box[1]:  # training leaves it out
+        if box[2] <= box[0] or box[3] <= box[1]:  # training skips this box
             continue
         boxes.append(box)
         image_ids.append(i)
@@ -280,12 +280,14 @@ def _overlaps(
 
 def similar_files(train: Sequence[str], val: Sequence[str]) -> List[Tuple[str, str]]:
     """
-    Find pairs of a training and a validation image whose file names differ only in the folder, the
-    case, the extension, or what marks a copy, such as " (1)", "_flip" or Roboflow's ".rf.HASH".
-    Names that only count, such as "0001" or "img_17", are left out.
+    Find validation images whose file name matches that of a training image.
+
+    The folder, the case, the extension and marks of a copy do not matter. Marks of a copy are
+    " (1)", "_flip", Roboflow's ".rf.HASH" and others. Numbered names such as "0001" or "img_17"
+    are left out.
 
     Returns:
-        list[tuple[str, str]]: one pair for each such validation image.
+        list[tuple[str, str]]: names of the training image and of the validation image.
     """
     known = {_stem(name): name for name in train}
     pairs = [(known[_stem(name)], name) for name in val if _stem(name) in known]

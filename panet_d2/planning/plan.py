@@ -25,7 +25,7 @@ from .training_rules import plan_masks, plan_sampling, plan_schedule
 
 Rule = Callable[[Fingerprint, CfgNode, Hardware], Choices]
 
-# A rule sees the values of those before it.
+# Each rule sees the values that the rules before it have set.
 RULES: Tuple[Rule, ...] = (
     plan_classes,
     plan_scale,
@@ -55,12 +55,13 @@ class Plan:
 
     def prediction(self, data: Fingerprint) -> Dict[str, Dict[str, float]]:
         """
-        Predict from a dataset's boxes alone which share of its objects can be proposed.
+        Predict from a dataset's boxes alone which share of the objects can be proposed.
 
         Returns:
-            dict[str, dict[str, float]]: for the "base" and the "plan", the share of objects that
-            some anchor overlaps by an IoU of 0.5 and of 0.7, and the tenth percentile of the
-            objects' sides in pixels at the test size. Empty without objects or with other anchors.
+            dict[str, dict[str, float]]: for the "base" and the "plan", the shares of objects that
+            some anchor overlaps with an IoU of 0.5 and of 0.7, and the tenth percentile of the
+            objects' sides in pixels at the test size. Empty if there are no objects or
+            :func:`panet_d2.planning.anchor_overlaps` returns None.
         """
         found = {}
         for name, cfg in (("base", self.base), ("plan", self.cfg)):
@@ -82,11 +83,11 @@ def make_plan(
     Apply all rules to a dataset.
 
     Args:
-        data (Fingerprint): the training data.
+        data (Fingerprint): the training dataset.
         base (CfgNode): the config to start from; not changed.
-        hardware (Hardware): what will train.
-        given (dict[str, tuple]): values that no rule decides, each with a reason, such as the
-            datasets' names.
+        hardware (Hardware): the hardware to train on.
+        given (dict[str, tuple]): keys that no rule decides, such as the datasets' names, each with
+            a value and a reason.
     """
     cfg = base.clone()
     choices: Choices = {}
@@ -102,5 +103,5 @@ def make_plan(
 
 
 def plain(value: Any) -> Any:
-    """Lists for tuples, which YAML does not have."""
+    """Replace tuples by lists, because YAML has no tuples."""
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""A fingerprint and a plan for people: tables and a picture."""
+"""Tables and a plot of a dataset's fingerprint and of a plan."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _number(value: Any) -> str:
 
 
 def prediction_table(plan: Plan, data: Fingerprint, name: str) -> str:
-    """Return the shares of objects that anchors overlap, before and after."""
+    """Return a table of the shares of objects that anchors overlap, for the base and the plan."""
     rows: List[List[str]] = []
     for who, values in plan.prediction(data).items():
         scale = (plan.base if who == "base" else plan.cfg).INPUT
@@ -63,7 +63,7 @@ def prediction_table(plan: Plan, data: Fingerprint, name: str) -> str:
 
 def plot_plan(plan: Plan, data: Fingerprint, path: str) -> None:
     """
-    Draw the sizes and aspect ratios of the objects against the anchors, before and after, as PNG.
+    Plot the sizes and aspect ratios of objects and anchors as PNG, for the base and the plan.
     """
     predicted = plan.prediction(data)
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)

@@ -1,7 +1,8 @@
 """
-The rules of a plan for what the model sees and finds. Each takes a dataset's fingerprint, the
-config so far and the hardware, and returns the keys that it decides, each with a value and a
-reason. A key that keeps its value has a reason, too.
+Rules that plan classes, image sizes, anchors, detections and NMS from a dataset.
+
+A rule takes the dataset's fingerprint, the config so far and the hardware. The rule returns the
+keys that it decides, each with a value and a reason. A key that keeps its value has a reason, too.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ class Choice(NamedTuple):
 
 Choices = Dict[str, Choice]
 
-# Small objects are enlarged to six cells of FPN's finest map, of stride 4, on each side.
-SMALL_SIDE = 24
-SMALL = 0.1  # nine of ten objects are at least as large
+SMALL_SIDE = 24  # pixels to which small objects are enlarged: six cells of FPN's stride 4
+SMALL = 0.1  # quantile: nine of ten objects are at least as large
 _MOST_ENLARGED = 4  # beyond this, enlarging adds pixels but no information
 _LARGER_AT_TEST = 2  # inference keeps no activations for gradients
 _GRID = 32  # FPN pads images to multiples of this
-# A finer anchor would often be too far from the objects between two positions.
+# Smaller anchors would be too far from objects that lie between two positions.
 _STRIDES_PER_ANCHOR = 3
-# Anchors are left alone unless the share of objects with an IoU of 0.5 gains the first of these, or
-# stays and that of 0.7 gains the second.
+# Anchors change only if the share of objects with an IoU of 0.5 gains the first number, or if this
+# share stays and the share with an IoU of 0.7 gains the second number.
 _WORTH_IT = (0.01, 0.05)
 _LOST = 0.01  # share of objects that NMS may suppress
 
@@ -50,7 +50,7 @@ def get(cfg: CfgNode, key: str) -> Any:
 
 
 def keep(cfg: CfgNode, reason: str, *keys: str) -> Choices:
-    """Keep the values that keys have."""
+    """Keep the values of keys, all for one reason."""
     return {key: Choice(get(cfg, key), reason) for key in keys}
 
 
@@ -75,7 +75,7 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     small = float(np.quantile(data.relative_sides, SMALL))
     median = float(np.median(data.short_edges))
     before = node.MIN_SIZE_TEST or median
-    # Not smaller than the base's, because larger images are worse for nothing but speed.
+    # Not smaller than the base's, because larger images cost nothing but time.
     wanted = max(min(SMALL_SIDE / small, _MOST_ENLARGED * median), before)
     ratio = node.MAX_SIZE_TEST / node.MIN_SIZE_TEST if node.MIN_SIZE_TEST else 1
     ratio = max(ratio, float(np.quantile(data.elongations, 0.95)))
@@ -86,7 +86,7 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     choices: Choices = {}
     reason = ""
     if wanted > fits:
-        reason = f"; {wanted:.0f} were better, but {hardware.budget_source(cfg)}"
+        reason = f"; {wanted:.0f} would be better, but {hardware.budget_source(cfg)}"
         larger = min(int(wanted) // _GRID * _GRID, _LARGER_AT_TEST * fits)
         if median**2 * longest > budget and larger > fits:
             choices = _plan_crop(data, cfg, fits / larger)
@@ -115,7 +115,7 @@ def _plan_crop(data: Fingerprint, cfg: CfgNode, share: float) -> Choices:
     return {
         key: Choice(True, "the images are larger than the budget of pixels"),
         "INPUT.CROP.TYPE": Choice("relative", "a share of height and width"),
-        "INPUT.CROP.SIZE": Choice([round(share, 2)] * 2, "objects are of the test size in a crop"),
+        "INPUT.CROP.SIZE": Choice([round(share, 2)] * 2, "objects have the test size in a crop"),
     }
 
 
@@ -132,7 +132,7 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
         [[round(float(r), 2) for r in np.quantile(data.aspect_ratios, [1 / 6, 1 / 2, 5 / 6])]],
     )
     if len(np.ravel(get(cfg, keys[1]))) != 3 or len(set(planned[1][0])) != 3:
-        planned = planned[0], get(cfg, keys[1])  # other numbers of ratios are somebody's intent
+        planned = planned[0], get(cfg, keys[1])  # another number of ratios is a user's choice
     trial, choices = cfg.clone(), {}
     for key, value in zip(keys, planned):
         before = _shares(trial, data)
@@ -145,23 +145,25 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
             choices[key] = Choice(value, reason)
         else:
             trial.merge_from_list([key, get(cfg, key)])
-            reason = f"those of the boxes, {value}, gain little: {reason}"
+            reason = f"values from the boxes, {value}, gain little: {reason}"
             choices.update(keep(cfg, reason, key))
     return choices
 
 
 def _shares(cfg: CfgNode, data: Fingerprint) -> Tuple[float, float]:
     overlaps = anchor_overlaps(cfg, data)
-    assert overlaps is not None  # plan_anchors has asked for the strides
+    assert overlaps is not None  # plan_anchors has checked the strides
     return share_above(overlaps, 0.5), share_above(overlaps, 0.7)
 
 
 def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int]]:
     """
-    Anchor sizes for objects of given sides. An anchor has an IoU of 0.5 with squares of its side
-    times or divided by the root of 2, so that sizes a factor 2 apart leave no gap. They double from
-    the smallest objects on, or where that does not reach the largest, from a size on that nine of
-    ten objects need.
+    Return anchor sizes for objects of given sides.
+
+    An anchor has an IoU of 0.5 with squares whose side is its own, times or divided by the root of
+    2. Sizes a factor of 2 apart therefore leave no gap. The sizes double from the smallest objects
+    on. If they do not reach the largest objects, they start later, but nine of ten objects keep an
+    anchor.
     """
     smallest, small, large = np.quantile(sides, [0.05, SMALL, 0.98])
     root, steps = 2**0.5, len(strides) - 1
@@ -205,7 +207,7 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
         while batch * cfg.MODEL[node].POSITIVE_FRACTION < usual and batch < 1024:
             batch *= 2
         if batch != get(cfg, key):
-            reason = f"its positive part has room for {usual} objects, as three of four images have"
+            reason = f"the positive part has room for {usual} objects, enough for 3 of 4 images"
             choices[key] = Choice(batch, reason)
     return choices
 
@@ -227,7 +229,7 @@ def plan_nms(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
             threshold = round(threshold + 0.05, 2)
             lost.append(share_above(overlaps, threshold))
         if threshold == before:
-            choices.update(keep(cfg, f"it suppresses {lost[0]:.1%} of the objects", key))
+            choices.update(keep(cfg, f"NMS suppresses {lost[0]:.1%} of the objects", key))
         else:
             reason = (
                 f"objects that overlap more are lost: {lost[-1]:.1%}; at {before}, {lost[0]:.1%}"

@@ -1,4 +1,4 @@
-"""The rules of a plan for how the model is trained; see :mod:`panet_d2.planning.rules`."""
+"""Rules that plan masks, sampling and schedule; see :mod:`panet_d2.planning.rules`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COCO_IMAGES, _COCO_PASSES = 118287, 12
 _MOST_PASSES = 150
 _STEPS = (2 / 3, 8 / 9)  # of the schedule, where the learning rate falls
 _EVALUATIONS = 10
-_FEW_IMAGES = 10  # a class in fewer images is seen more often
+_FEW_IMAGES = 10  # images of a class in fewer images are repeated
 _RARE = 0.001  # LVIS's threshold
 _FINE_CORNERS = 12
 _PIXELS_PER_CELL = 8  # of an object, per cell of its mask
@@ -36,7 +36,7 @@ def plan_masks(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
         return choices
     reason = f"a quarter of the objects is above {side:.0f} px, with fine outlines"
     if head.NAME == "PANetMaskHead" and head.FC_FUSION.ENABLED:
-        reason += "; not raised, because the fully-connected path would be 16 times as large"
+        reason += "; not raised, because fully-connected fusion would be 16 times as large"
         choices.update(keep(cfg, reason, key))
     else:
         choices[key] = Choice(2 * head.POOLER_RESOLUTION, reason)
@@ -48,7 +48,7 @@ def plan_sampling(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     empty, images = data.empty_share, len(data.sizes)
     keep_empty = 0.02 <= empty <= 0.5
     reason = f"{empty:.1%} of the images are empty" + (
-        "; set True if their objects are only not annotated" if keep_empty else ""
+        "; set True if they have objects without annotations" if keep_empty else ""
     )
     choices = {"DATALOADER.FILTER_EMPTY_ANNOTATIONS": Choice(not keep_empty, reason)}
     counts = data.images_per_class
@@ -77,7 +77,7 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     batch = hardware.batch(cfg)
     adamw = solver.OPTIMIZER == "ADAMW"
     factor = (batch / solver.IMS_PER_BATCH) ** (0.5 if adamw else 1)
-    rule = "by the root of the batch, for AdamW" if adamw else "by the linear rule of batches"
+    rule = "scaled by the root of the batch, for AdamW" if adamw else "scaled by the batch"
     choices = {
         "SOLVER.IMS_PER_BATCH": Choice(
             batch, f"{batch // hardware.gpus} on each GPU" if hardware.gpus else "on a CPU"
@@ -87,9 +87,9 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     if hardware.gpus:
         choices["SOLVER.AMP.ENABLED"] = Choice(True, "half the memory on a GPU")
     else:
-        choices["SOLVER.AMP.ENABLED"] = Choice(False, "the CPU has no mixed precision here")
+        choices["SOLVER.AMP.ENABLED"] = Choice(False, "no mixed precision on a CPU")
     if cfg.TEST.EXPECTED_RESULTS:
-        choices["TEST.EXPECTED_RESULTS"] = Choice([], "the base's are of other data")
+        choices["TEST.EXPECTED_RESULTS"] = Choice([], "the base's are for another dataset")
     periods = "SOLVER.MAX_ITER", "SOLVER.STEPS"
     if not trained or data.doubt():
         return {**choices, **keep(cfg, data.doubt() or "no images", *periods)}
@@ -105,7 +105,9 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
     choices["SOLVER.STEPS"] = Choice(
         sorted({s for s in falls if 0 < s < steps}), "at 2/3 and 8/9, as Detectron2's 1x"
     )
-    choices["SOLVER.WARMUP_ITERS"] = Choice(min(1000, steps // 10), "a tenth, 1000 at most")
+    choices["SOLVER.WARMUP_ITERS"] = Choice(
+        min(1000, steps // 10), "a tenth of the schedule, at most 1000"
+    )
     period = max(steps // _EVALUATIONS, 1)
     choices["SOLVER.CHECKPOINT_PERIOD"] = Choice(period, "a tenth of the schedule")
     evaluated = bool(cfg.DATASETS.TEST)
@@ -116,5 +118,5 @@ def plan_schedule(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choice
 
 
 def _rounded(value: float) -> int:
-    """Two digits, as a person would write it; at least 1."""
+    """Round to two significant digits, at least 1."""
     return max(int(float(f"{value:.2g}")), 1)

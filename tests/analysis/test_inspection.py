@@ -66,7 +66,7 @@ def test_paths_add_up_to_the_models_masks(agnostic):
 
 def test_a_model_without_the_path():
     cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False)
-    with pytest.raises(ValueError, match="no fully-connected path"):
+    with pytest.raises(ValueError, match="no fully-connected fusion"):
         mask_paths(build_model(cfg), INPUTS[0][0], torch.zeros(0, 4), torch.zeros(0).long())
 
 
@@ -220,7 +220,7 @@ def test_masks_in_the_boxes_of_another_model(squares, model_that_says_class_1):
 
 def test_boxes_of_a_model_with_other_classes(squares):
     models = [build_model(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", n)) for n in (3, 4)]
-    with pytest.raises(ValueError, match="NUM_CLASSES is 3, and 4 in the other model"):
+    with pytest.raises(ValueError, match="NUM_CLASSES is 3, but 4 in the other model"):
         evaluate_boxes_of(tiny_cfg(), *models, squares)
 
 
@@ -255,7 +255,7 @@ def test_a_model_without_roi_heads(squares):
     model = build_model(cfg)
     assert level_shares(model, INPUTS) == {}
     for look, message in (
-        (lambda: mask_paths(model, INPUTS[0][0], torch.zeros(0, 4), torch.zeros(0).long()), "path"),
+        (lambda: mask_paths(model, INPUTS[0][0], torch.zeros(0, 4), torch.zeros(0).long()), "FC_F"),
         (lambda: dead_units(model, INPUTS), "no box head"),
         (lambda: detection_stages(cfg, model, squares), "no proposals"),
         (lambda: evaluate_true_boxes(cfg, model, squares), "no masks"),

@@ -115,7 +115,7 @@ def test_crowds_are_neither_right_nor_wrong(coco):
 @pytest.mark.parametrize("find", [match_predictions, object_recall, average_precision])
 def test_results_of_other_images_are_refused(coco, find):
     results = [prediction(coco.anns[1], image_id=77)]
-    with pytest.raises(DataError, match="results are of images .*77"):
+    with pytest.raises(DataError, match="not in the dataset.*77"):
         find(coco, results)
 
 

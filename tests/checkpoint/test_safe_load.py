@@ -156,8 +156,8 @@ def test_layouts(tmp_path, layout):
     [
         (b"", "x.pth is not a checkpoint: the file is empty"),
         (b"\n<!DOCTYPE html><html>404", "x.pth is not a checkpoint: it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of git-lfs; run git lfs"),
-        (b"\x28\0\0\0\0\0\0\0{" + b" " * 99, "the format of safetensors.*installed"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer; run git lfs"),
+        (b"\x28\0\0\0\0\0\0\0{" + b" " * 99, "safetensors format.*package"),
     ],
 )
 def test_something_else(tmp_path, content, message, monkeypatch):

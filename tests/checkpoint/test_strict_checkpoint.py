@@ -42,7 +42,7 @@ def test_missing_names_are_listed(path):
 
 def test_the_checkpoint_is_named(path):
     """A program may load several, and a run that was not trained to its end has none of its own."""
-    with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit the model")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} does not match the model")):
         StrictCheckpointer(Model(extra=True)).load(path)
 
 

@@ -40,4 +40,4 @@ def test_pages(tmp_path, caplog, monkeypatch, name, warned):
     first, second = Image.fromarray(GRAY), Image.fromarray(GRAY + 9)
     first.save(tmp_path / name, save_all=True, append_images=[second, second])
     assert abs(read_image_file(str(tmp_path / name)).mean() - GRAY.mean()) < 2
-    assert (f"{tmp_path / name} has 3 pages, only the first is used" in caplog.text) == warned
+    assert (f"{tmp_path / name} has 3 pages; only the first is used" in caplog.text) == warned

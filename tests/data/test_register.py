@@ -139,7 +139,7 @@ def test_classes_of_all_sets_must_agree(data, tmp_path):
         json.dump({**content, "categories": with_names(content, "class0 class2 class1")}, f)
     entries = [list(ENTRY), ["squares_val", "other/instances.json", "other/images"]]
     opts = ("DATASETS.REGISTER_COCO", entries, "DATASETS.TEST", ["squares_val"])
-    message = "class 2 of 'squares_train' is 'class1', and of 'squares_val' 'class2'"
+    message = "class 2 is 'class1' in 'squares_train', but 'class2' in 'squares_val'"
     with pytest.raises(ConfigError, match=message):
         setup_datasets(config(*opts))
     with open(other, "w") as f:
@@ -304,7 +304,7 @@ def test_cropped_polygons_need_shapely(data, monkeypatch):
         with pytest.raises(ConfigError, match=message):
             setup_datasets(config(*crop, "INPUT.MASK_FORMAT", mask_format))
     registered = ("DATASETS.TRAIN", ["coco_2017_val"], "MODEL.ROI_HEADS.NUM_CLASSES", 80)
-    with pytest.raises(ConfigError, match="'coco_2017_val' has masks in polygons.*shapely"):
+    with pytest.raises(ConfigError, match="'coco_2017_val' has polygon masks.*shapely"):
         setup_datasets(config(*crop, *registered, "INPUT.MASK_FORMAT", "polygon"))
     found[0] = "a package"
     setup_datasets(config(*crop))

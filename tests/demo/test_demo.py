@@ -246,7 +246,7 @@ def test_unusable_images_are_skipped(model, images, tmp_path, capfd, caplog):
     err = capfd.readouterr().err
     assert f"cannot use image {images / 'narrow.png'}: the image of 4000x2 pixels is too" in err
     assert f"cannot use image {images / 'deep.png'}: it has more than 8 bits per channel" in err
-    assert f"{images / 'pages.tif'} has 3 pages, only the first is used" in caplog.text
+    assert f"{images / 'pages.tif'} has 3 pages; only the first is used" in caplog.text
     assert err.rstrip().endswith("2 of 6 inputs could not be used")
     names = ["a.jpg", "b.png", "c.bmp", "pages.tif"]
     assert sorted(os.listdir(tmp_path / "out")) == names
@@ -447,7 +447,7 @@ def test_weights_of_another_model(model, images, tmp_path, capfd):
     _save_model(cfg, tmp_path / "other.pth")
     argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
     assert cli.run(demo.main, [*argv, "--opts", "MODEL.WEIGHTS", str(tmp_path / "other.pth")]) == 1
-    _assert_error(capfd, "does not fit the model")
+    _assert_error(capfd, "does not match the model")
 
 
 def test_config_errors(model, images, tmp_path, capfd):

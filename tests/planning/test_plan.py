@@ -82,7 +82,7 @@ def test_small_objects_are_reached():
         (content([(50, 50, [])] * 3), "no objects"),
         (squares([5, 9] * 9, number=1), "only one image"),
         (squares([5, 9], number=2), "only 4 objects"),
-        (squares([9] * 9), "one size"),
+        (squares([9] * 9), "same size"),
     ],
 )
 def test_where_the_data_cannot_say(data, reason):

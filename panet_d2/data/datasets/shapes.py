@@ -1,7 +1,7 @@
 """
-The embedded dataset, drawn on first use: shapes of six classes, 8 to 200 pixels large, textured,
-overlapping and cut off by the border. It shows within minutes whether a model learns to segment
-instances at all scales.
+The embedded dataset, drawn on first use. It has shapes of six classes, 8 to 200 pixels large,
+textured, overlapping and cut off by the border. Training on it shows within minutes whether a model
+learns to segment instances at all scales.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CLASSES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "cross
 SPLITS: dict[str, int] = {"train": 1000, "val": 100}  # number of images
 SIZES: dict[str, int] = {"panet_shapes": 256, "panet_shapes_small": 128}  # side of the images
 
-# Part of the seeds and of the folder's name. Increase it whenever the pictures change, so that no
-# cache of old pictures is used.
+# Part of the seeds and of the folder's name. Increase the version whenever the images change, so
+# that no cache of old images is used.
 _VERSION = 1
 _MIN_SIDE, _MAX_SIDE = 8.0, 200.0 / 256.0  # in pixels; as a share of the image
 _MIN_COUNT, _MAX_COUNT = 6, 16
-# The visible part of every instance: with less, classes could not be told apart.
+# Smallest visible share and area in pixels of every instance: with less, classes look alike.
 _MIN_VISIBLE, _MIN_AREA = 0.6, 16
 _TRIES = 30
 _PATTERNS = ("plain", "ramp", "noise", "stripes", "checks", "dots")
@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _spikes(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
-    """Distance to the edges of a star with tips at radius 1; convex if ``inner`` is large."""
+    """Return the distance to the edges of a star with tips at radius 1; large ``inner``: convex."""
     sector = np.pi / points
     angle = np.abs((np.arctan2(x, y) + sector) % (2 * sector) - sector)
     nx, ny = 1 - inner * np.cos(sector), inner * np.sin(sector)
@@ -54,7 +54,7 @@ def _spikes(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarr
 
 
 def _distance(category: int, x: np.ndarray, y: np.ndarray, slim: float) -> np.ndarray:
-    """Distance to the outline in the unit circle, negative inside; ``slim`` varies from 0 to 1."""
+    """Return the distance to a shape's outline, negative inside; ``slim`` is from 0 to 1."""
     name, ax, ay = CLASSES[category], np.abs(x), np.abs(y)
     if name == "disc":
         return np.hypot(x, y) - 1
@@ -98,7 +98,7 @@ def _draw(rng: np.random.Generator, category: int, side: float) -> np.ndarray:
     corners = frame @ _corners(category, slim)
     low, high = corners.min(axis=1), corners.max(axis=1)
     scale = side / (high - low).max()
-    # Anywhere between two pixels, so that small shapes are not all alike.
+    # A random position between two pixels, so that small shapes are not all alike.
     x0, y0 = rng.random(2) - low * scale + _pad(side)
     width, height = np.ceil((high - low) * scale).astype(int) + 1 + 2 * _pad(side)
     x = (np.arange(width) + 0.5 - x0) / scale
@@ -112,7 +112,7 @@ def _pad(side: float) -> int:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
-    """A pattern of values from 0 to 1 with details of about ``period`` pixels."""
+    """Return a pattern of values from 0 to 1 with details of about ``period`` pixels."""
     pattern, angle = _PATTERNS[rng.integers(len(_PATTERNS))], rng.uniform(0, np.pi)
     phase = rng.uniform(0, 2 * np.pi, 2).astype(np.float32)
     if pattern == "plain":
@@ -124,7 +124,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, period: float) -
     along, across = cos * x + sin * y, cos * y - sin * x
     if pattern == "ramp":
         return (along - along.min()) / np.ptp(along)
-    # Large dots would be discs, and large checks squares, that nobody annotated.
+    # Large dots would be discs without annotation, and large checks squares.
     frequency = np.float32(2 * np.pi / (period if pattern == "stripes" else min(period, 9)))
     u, v = np.sin(frequency * along + phase[0]), np.sin(frequency * across + phase[1])
     wave = {"stripes": u, "checks": u * v, "dots": u + v - 0.6}[pattern]
@@ -175,12 +175,12 @@ def _paint(
     height, width = distance.shape
     alpha = np.clip(0.5 - distance, 0, 1)
     shadow = np.clip(1 - distance / _pad(side), 0, 1) ** 2
-    # The first colour that stands out from the pixels under it, else the one that does most.
+    # The first colour with enough contrast to the pixels below, else the one with the most.
     below = (image * alpha[..., None]).sum((0, 1)) / alpha.sum()
     colours = _colours(rng, category, 12)
     contrast = np.linalg.norm(colours - below, axis=1)
     colour = colours[np.argmax(np.minimum(contrast, 110))]
-    # A pattern as coarse as the shape itself would break the smallest ones into pieces.
+    # A pattern as coarse as the shape would break the smallest shapes into pieces.
     spread = min(80, 2 * side)
     other = colour + rng.uniform(-spread, spread, 3).astype(np.float32)
 
@@ -194,7 +194,7 @@ def _paint(
 
 
 def _window(top: int, left: int, shape: tuple[int, int], size: int) -> tuple:
-    """Where a grid at (top, left) meets the image: slices of the image and of the grid."""
+    """Return where a grid at (top, left) meets the image: slices of the image and of the grid."""
     spans = []
     for start, length in zip((top, left), shape):
         low, high = max(start, 0), min(start + length, size)
@@ -206,8 +206,8 @@ def _place(
     rng: np.random.Generator, inside: np.ndarray, pad: int, owner: np.ndarray, full: list[int]
 ) -> tuple | None:
     """
-    Find a place where the new shape, ``inside``, and all under it stay visible. ``owner`` has the
-    number of the shape at each pixel or -1, ``full`` the areas of the shapes without occlusion.
+    Find a place where the new shape, ``inside``, and all shapes below stay visible. ``owner`` has
+    the number of the shape at each pixel or -1, ``full`` the areas of the shapes without occlusion.
     """
     size = len(owner)
     needed = np.maximum(_MIN_AREA, _MIN_VISIBLE * np.array([*full, inside.sum()]))
@@ -226,7 +226,7 @@ def _place(
 
 def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, list[dict]]:
     """
-    Draw one image. It depends on the arguments alone.
+    Draw one image, which depends only on the arguments.
 
     Args:
         split (str): a key of ``SPLITS``.
@@ -235,7 +235,7 @@ def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, l
 
     Returns:
         tuple[ndarray, list[dict]]: the image, size x size x 3, uint8 in RGB; and for each instance
-        ``category`` (int, index into ``CLASSES``) and ``mask`` (ndarray, size x size, bool), its
+        ``category`` (int, index into ``CLASSES``) and ``mask`` (ndarray, size x size, bool), the
         visible part. Masks do not overlap.
 
     Raises:
@@ -273,7 +273,7 @@ def render_image(split: str, index: int, size: int = 256) -> tuple[np.ndarray, l
 
 
 def _annotation(instance: dict) -> dict:
-    """COCO's fields of one instance without its ids."""
+    """Return COCO's fields of one instance, without ids."""
     rle = mask_util.encode(np.asfortranarray(instance["mask"], dtype=np.uint8))
     return {
         "category_id": instance["category"] + 1,
@@ -323,7 +323,7 @@ def _folder(root: str | None, size: int = 256) -> str:
 
 
 def _remove_stale(folder: str) -> None:
-    """Remove what killed processes left; not what others are working on."""
+    """Remove unfinished folders of killed processes, but not those of running processes."""
     root, prefix = os.path.dirname(folder), os.path.basename(folder) + ".tmp-"
     for name in os.listdir(root):
         path = os.path.join(root, name)
@@ -334,8 +334,8 @@ def _remove_stale(folder: str) -> None:
 
 def ensure_shapes(root: str | None = None, size: int = 256) -> str:
     """
-    Draw the dataset unless it exists: less than a minute, 130 MB. Several processes may do so at
-    once, and each may be killed: the folder is complete or does not exist.
+    Draw the dataset unless it exists, which takes less than a minute and 130 MB. Several processes
+    can do so at once, and each can be killed: the folder is complete or does not exist.
 
     Args:
         root (str | None): folder for caches; by default the environment variable
@@ -354,15 +354,15 @@ def ensure_shapes(root: str | None = None, size: int = 256) -> str:
         missing = [s for s in SPLITS if not os.path.isfile(_json_file(folder, s))]
         if missing:
             raise DataError(
-                f"{folder} is incomplete, it lacks {_json_file(folder, missing[0])}; delete the "
-                "folder, and it is drawn again."
+                f"{folder} lacks {_json_file(folder, missing[0])}; delete the folder to draw the "
+                "dataset again."
             )
         return folder
     try:
         _make(folder, size)
     except OSError as e:
         raise DataError(
-            f"cannot write the embedded dataset to {folder}: {e.strerror or e}. Set the "
+            f"cannot write the embedded dataset to {folder}: {e.strerror or e}; set the "
             "environment variable PANET_D2_CACHE to another folder."
         ) from e
     return folder
@@ -371,7 +371,7 @@ def ensure_shapes(root: str | None = None, size: int = 256) -> str:
 def _make(folder: str, size: int) -> None:
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     _remove_stale(folder)
-    # Not by tempfile, whose folders other users cannot read.
+    # Not with tempfile, whose folders other users cannot read.
     unfinished = f"{folder}.tmp-{uuid.uuid4().hex}"
     total = sum(SPLITS.values())
     _logger.info("Drawing %d images of the embedded dataset into %s", total, folder)
@@ -396,16 +396,16 @@ def _load(root: str, size: int, split: str, name: str) -> list[dict]:
 
 def register_shapes() -> None:
     """
-    Register ``panet_shapes_train``, ``…_val`` and their small versions, see ``SIZES``. A registered
-    dataset of that name stays. The images are drawn when a split is first loaded, into the default
-    folder of :func:`ensure_shapes` at the time of this call.
+    Register ``panet_shapes_train``, ``panet_shapes_val`` and their small versions, see ``SIZES``. A
+    dataset that is registered under one of these names stays. The images are drawn when a split is
+    first loaded, into the default folder of :func:`ensure_shapes` at the time of this call.
     """
     for (prefix, size), split in product(SIZES.items(), SPLITS):
         folder, name = _folder(None, size), f"{prefix}_{split}"
         if name in DatasetCatalog:
             continue
-        # One root for loader and metadata, even if the environment changes: the evaluator reads the
-        # annotations where the metadata says.
+        # One root for loader and metadata, even if the environment changes, because the evaluator
+        # reads the annotations from the path in the metadata.
         DatasetCatalog.register(name, partial(_load, os.path.dirname(folder), size, split, name))
         MetadataCatalog.get(name).set(
             json_file=_json_file(folder, split),
