@@ -174,8 +174,8 @@ def check_fit(
         shapes (list[tuple]): names with their shapes in the checkpoint and in the model.
     """
     found = {
-        "missing from it": missing,
-        "in it but not in the model": unexpected,
+        "not in the checkpoint": missing,
+        "not in the model": unexpected,
         "of another shape": [
             f"{name} (checkpoint {tuple(theirs)}, model {tuple(ours)})"
             for name, theirs, ours in shapes

@@ -160,10 +160,10 @@ def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int
     """
     Return anchor sizes for objects of given sides.
 
-    An anchor has an IoU of 0.5 with squares whose side is its own, times or divided by the root of
-    2. Sizes a factor of 2 apart therefore leave no gap. The sizes double from the smallest objects
-    on. If they do not reach the largest objects, they start later, but nine of ten objects keep an
-    anchor.
+    An anchor has an IoU of 0.5 with squares whose side is the anchor's, times or divided by the
+    root of 2. Sizes a factor of 2 apart therefore leave no gap. The sizes double, starting at the
+    smallest objects. If the largest objects are out of reach, the sizes start higher, but nine of
+    ten objects keep an anchor.
     """
     smallest, small, large = np.quantile(sides, [0.05, SMALL, 0.98])
     root, steps = 2**0.5, len(strides) - 1

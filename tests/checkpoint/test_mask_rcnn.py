@@ -175,8 +175,8 @@ def test_only_copies_are_calibrated(tmp_path):
     "donor_opts, opts, message",
     [
         ((*DONOR, "MODEL.FPN.OUT_CHANNELS", 16), (), "another architecture"),
-        ((*DONOR, "MODEL.RESNETS.DEPTH", 34), (), "in it but not in the model: backbone.*res2.2"),
-        (DONOR, ("MODEL.RESNETS.DEPTH", 34), "missing from it: backbone.bottom_up.res2.2"),
+        ((*DONOR, "MODEL.RESNETS.DEPTH", 34), (), "not in the model: backbone.*res2.2"),
+        (DONOR, ("MODEL.RESNETS.DEPTH", 34), "not in the ch.*: backbone.bottom_up.res2.2"),
         ((*DONOR, "MODEL.ROI_BOX_HEAD.FC_DIM", 16), (), "another architecture"),
     ],
 )
