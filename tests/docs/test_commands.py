@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import inference
 from experiments.ablation import __main__ as ablation
 from experiments.benchmark import __main__ as benchmark
 from panet_d2 import cli, info
@@ -192,6 +193,9 @@ def run_module(module, args, monkeypatch):
         boxes = [] if "--boxes" in args else ["--boxes", "3"]
         args = [*args[:opts], *shlex.split(BENCHMARK), *boxes, "--no-ladder", *args[opts:]]
         assert cli.run(benchmark.main, args) == 0
+    elif module == "experiments.inference":
+        few = ["--only", "one scale", "box voting", "--images", "1"]
+        assert cli.run(inference.main, [*args, *few]) == 0
     elif module == "experiments.ablation":
         # What would be trained is compared with the committed runs by tests/experiments/.
         made = []
