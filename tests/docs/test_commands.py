@@ -263,4 +263,4 @@ def test_config_of_getting_started(here, monkeypatch):
     Path("own.yaml").write_text(text)
     cfg = setup_config("own.yaml")
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and cfg.MODEL.ROI_BOX_HEAD.AFP.ENABLED
-    assert cfg.DATASETS.TEST == ["cells_val"]
+    assert tuple(cfg.DATASETS.TEST) == ("cells_val",)
