@@ -53,8 +53,8 @@ SHORTER = [
     (r"(check_dataset.py .*--config-file) configs/\S+\.yaml", r"\1 cells.yaml"),
     (r"(--config-file) configs/\S+\.py", r"\1 tiny.py"),
     (r"(train_net.py .*--config-file) FILE", r"\1 cells.yaml"),
-    (r"(--config-file) (FILE|output/config.yaml)", r"\1 output/cells/config.yaml"),
-    (r"output/model_final.pth", "output/cells/model_final.pth"),
+    (r"(--config-file) (FILE|my.yaml|output/config.yaml)", r"\1 output/cells/config.yaml"),
+    (r"(?:output/| )model_final.pth", " output/cells/model_final.pth"),
     (r"(plan_config.py .*--output) cells.yaml", r"\1 planned.yaml"),
     (r"(plan_config.py .*--config-file) configs/\S+", r"\1 cells.yaml"),
     (r"(convert_weights.py mask-rcnn .*)$", r"\1 --config-file cells.yaml"),
@@ -125,7 +125,7 @@ def workspace(tmp_path_factory):
     assert engine.main(["--config-file", config_file, "OUTPUT_DIR", run]) == 0
     shutil.copy(folder / "output/cells/model_final.pth", folder / "model.pth")
     picture = np.random.RandomState(0).randint(0, 256, (64, 96, 3), np.uint8)
-    for name in ("image.jpg", "folder/a.png", "more/b.png"):
+    for name in ("image.jpg", "a.jpg", "folder/a.png", "more/b.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         cv2.imwrite(str(folder / name), picture)
     cv2.imwrite(str(folder / "deep.tif"), picture[..., 0].astype(np.uint16) * 16)
@@ -267,4 +267,4 @@ def test_config_of_getting_started(here, monkeypatch):
     Path("own.yaml").write_text(text)
     cfg = setup_config("own.yaml")
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and cfg.MODEL.ROI_BOX_HEAD.AFP.ENABLED
-    assert cfg.DATASETS.TEST == ["cells_val"]
+    assert tuple(cfg.DATASETS.TEST) == ("cells_val",)
