@@ -1,4 +1,4 @@
-"""mmdetection's Faster R-CNN and Mask R-CNN with PAFPN, by their names (version 3)."""
+"""mmdetection's Faster R-CNN and Mask R-CNN with FPN or PAFPN, by their names (version 3)."""
 
 from __future__ import annotations
 
