@@ -7,6 +7,7 @@ from .roi_heads import (
     PANetCascadeROIHeads,
     PANetMaskHead,
     PANetROIHeads,
+    PANetRROIHeads,
 )
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "PANetRROIHeads",
     "adaptive_poolers",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.check import read_coco, refuse_errors, see_all
-from ..data.check_annotations import check_annotations
+from ..data.check_annotations import check_annotations, has_oriented_boxes
 from ..data.problem import Problem
 from ..errors import DataError
 
@@ -188,6 +188,8 @@ def read_fingerprint(json_file: str, image_root: str, evaluated: bool = False) -
     hint = see_all(json_file, image_root)
     problems = check_annotations(content, evaluated=evaluated, trained=not evaluated)
     refuse_errors(problems, json_file, hint)
+    if has_oriented_boxes(content):
+        raise DataError(f"{json_file} has oriented boxes; only upright boxes can be measured.")
     images = tqdm(content["images"], desc="image headers", unit="image", disable=None)
     refuse_errors([p for i in images for p in _header_problems(i, image_root)], json_file, hint)
     return measure(content)

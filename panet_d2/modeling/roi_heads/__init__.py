@@ -1,6 +1,6 @@
 from .box_head import FastRCNNConvFCNormHead
 from .mask_head import FCFusionBranch, PANetMaskHead
-from .roi_heads import AdaptivePoolingMixin, PANetCascadeROIHeads, PANetROIHeads
+from .roi_heads import AdaptivePoolingMixin, PANetCascadeROIHeads, PANetROIHeads, PANetRROIHeads
 
 __all__ = [
     "AdaptivePoolingMixin",
@@ -9,4 +9,5 @@ __all__ = [
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "PANetRROIHeads",
 ]
