@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import uuid
 import zipfile
 import zlib
 from collections import defaultdict
@@ -24,6 +22,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from panet_d2 import cli
+from panet_d2.data.tiles import written_whole
 from panet_d2.errors import DataError
 
 # One image in nine validates; which ones follows from their names alone.
@@ -49,17 +48,11 @@ def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
         DataError: if the source is not what it should be; the message names the file.
         FileExistsError: if ``dsb2018`` is there already.
     """
-    target = os.path.join(root, "dsb2018")
-    if os.path.exists(target):
-        raise FileExistsError(f"{target} is there already; remove it to have it made anew.")
-    images, read = _index(source)
-    os.makedirs(root, exist_ok=True)
-    unfinished = f"{target}.tmp-{uuid.uuid4().hex}"  # there as a whole, or not at all
     contents = {split: _content() for split in ("train", "val")}
-    try:
-        for split in contents:
-            os.makedirs(os.path.join(unfinished, split))
-        os.makedirs(os.path.join(unfinished, "annotations"))
+    with written_whole(os.path.join(root, "dsb2018")) as unfinished:
+        images, read = _index(source)
+        for folder in (*contents, "annotations"):
+            os.makedirs(os.path.join(unfinished, folder))
         for index, name in enumerate(tqdm(sorted(images), desc="dsb2018", unit="image"), 1):
             split = "train" if zlib.crc32(name.encode()) % _VALIDATION_SHARE else "val"
             _add(contents[split], index, name, images[name], read, os.path.join(unfinished, split))
@@ -67,9 +60,6 @@ def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
             path = os.path.join(unfinished, "annotations", f"instances_{split}.json")
             with open(path, "w", encoding="utf-8") as f:
                 json.dump(content, f)
-        os.rename(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return {s: (len(c["images"]), len(c["annotations"])) for s, c in contents.items()}
 
 

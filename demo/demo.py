@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence,
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import RotatedBoxes
 from matplotlib import font_manager, rcParams
 from PIL import Image
 from tqdm import tqdm
@@ -166,7 +167,11 @@ class Model:
 
     def results(self, outputs: Dict[str, Any], image_id: Any, file_name: str) -> List[dict]:
         """Return the detections as ``--json`` has them. This may move the keypoints of outputs."""
-        results = instances_to_coco_json(outputs["instances"].to("cpu"), image_id)
+        found = outputs["instances"].to("cpu")
+        results = instances_to_coco_json(found, image_id)
+        if isinstance(found.pred_boxes, RotatedBoxes):  # Detectron2 takes them for corners
+            for result, box in zip(results, found.pred_boxes.tensor.tolist()):
+                result["bbox"] = box
         for result in results:
             number = result["category_id"]
             known = number < len(self.category_ids)

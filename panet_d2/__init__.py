@@ -20,6 +20,7 @@ from .modeling import (
     PANetCascadeROIHeads,
     PANetMaskHead,
     PANetROIHeads,
+    PANetRROIHeads,
 )
 
 __version__ = "0.2.0"
@@ -35,6 +36,7 @@ __all__ = [
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "PANetRROIHeads",
     "PanetError",
     "TrainingDiverged",
     "add_panet_config",

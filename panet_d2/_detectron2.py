@@ -43,6 +43,15 @@ else:
     _Loop = _ROIHeads = object
 
 
+def compiled_ops_error() -> str:
+    """Return why Detectron2's compiled operators cannot be used; "" if they can."""
+    try:
+        from detectron2 import _C  # noqa: F401
+    except ImportError as e:
+        return str(e)
+    return ""
+
+
 def restart_precise_bn(hook: hooks.PreciseBN) -> None:
     """Let the hook begin with its loader's first batch again: it keeps its iterator for good."""
     hook._data_iter = None

@@ -19,7 +19,14 @@ from detectron2.data import DatasetCatalog
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    Instances,
+    Keypoints,
+    PolygonMasks,
+    RotatedBoxes,
+)
 from detectron2.utils.events import EventStorage
 from torch.nn import SyncBatchNorm
 
@@ -27,6 +34,7 @@ from panet_d2 import ConfigError, add_panet_config
 from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.check import check_training_images
 from panet_d2.engine import Trainer
+from panet_d2.modeling.check_model import finds_oriented_boxes
 
 from .common import leaves, tiny_cfg
 from .modeling import golden
@@ -205,10 +213,10 @@ def test_every_key_is_read(key: str):
 
 
 def skip_without_compiled_operators(cfg: CfgNode) -> None:
-    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) or finds_oriented_boxes(cfg):
         pytest.importorskip(
             "detectron2._C",
-            reason="deformable convs need a Detectron2 with its compiled operators",
+            reason="needs a Detectron2 with its compiled operators",
             exc_type=ImportError,
         )
 
@@ -290,6 +298,10 @@ def targets(cfg: CfgNode, size: Tuple[int, int]) -> Instances:
     instances = Instances(size)
     boxes = torch.tensor([[8.0, 10.0, 50.0, 60.0], [30.0, 20.0, width - 4.0, height - 6.0]])
     instances.gt_boxes = Boxes(boxes)
+    if finds_oriented_boxes(cfg):
+        sides, angles = boxes[:, 2:] - boxes[:, :2], torch.tensor([[20.0], [-75.0]])
+        centers = instances.gt_boxes.get_centers()
+        instances.gt_boxes = RotatedBoxes(torch.cat([centers, sides, angles], dim=1))
     instances.gt_classes = torch.tensor([0, cfg.MODEL.ROI_HEADS.NUM_CLASSES - 1])
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
         corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()

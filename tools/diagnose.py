@@ -26,6 +26,8 @@ from panet_d2.analysis import (
 )
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
+from panet_d2.errors import ConfigError
+from panet_d2.modeling.check_model import finds_oriented_boxes
 from panet_d2.planning import anchor_recall, measure
 
 
@@ -46,6 +48,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+    if finds_oriented_boxes(cfg):
+        raise ConfigError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {cfg.MODEL.PROPOSAL_GENERATOR.NAME!r}; diagnose.py "
+            "compares upright boxes only."
+        )
     name = first_test_set(cfg)
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)

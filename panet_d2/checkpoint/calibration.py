@@ -66,6 +66,7 @@ def calibrate(
     for name, pooler in poolers.items():
         joined = torch.cat(rows[name], dim=1)
         scale, shift, errors[name] = _fit(pooler, joined[:-1], joined[-1])
+        assert pooler.adaptation_layers is not None
         _scale_outputs(pooler.adaptation_layers, scale.flatten(), shift.flatten())
     return errors
 

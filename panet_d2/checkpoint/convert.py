@@ -32,8 +32,8 @@ def convert(
 
     Args:
         kind (str): "release" for the authors' released checkpoints, "mmdet" for mmdetection's
-            Faster R-CNN and Mask R-CNN with PAFPN, "mask-rcnn" to start a PANet from Detectron2's
-            Mask R-CNN with FPN.
+            Faster R-CNN and Mask R-CNN with FPN or PAFPN, "mask-rcnn" to start a PANet from
+            Detectron2's Mask R-CNN with FPN.
         source (str): the file to read. No code in the file is run.
         output (str): the ``.pth`` file to write.
         cfg (CfgNode): config of the model.

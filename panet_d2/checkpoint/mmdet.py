@@ -1,4 +1,4 @@
-"""Conversion rules for Faster R-CNN and Mask R-CNN with PAFPN of mmdetection 3."""
+"""Conversion rules for Faster R-CNN and Mask R-CNN with FPN or PAFPN of mmdetection 3."""
 
 from __future__ import annotations
 

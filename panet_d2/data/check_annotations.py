@@ -21,13 +21,22 @@ from .check_masks import (
 from .problem import LARGEST_COORDINATE, Problem, is_coordinate, is_number, shown, warning
 
 # Raise this number when check_annotations finds other problems in the same file.
-VERSION = 2
+VERSION = 3
 
 # More objects in one image are likely to exceed a limit of some tool.
 _MANY = 1000
 # bool and subclasses take the exact check.
 _IDS = {int, str}
 BOX_DIFFERS = "box differs from its mask"
+
+
+def has_oriented_boxes(content: dict) -> bool:
+    """
+    Whether most boxes of an annotation file are Detectron2's ``XYWHA_ABS``: center x, center y,
+    width, height and angle, instead of COCO's.
+    """
+    boxes = [a.get("bbox") for a in content.get("annotations", ()) if isinstance(a, dict)]
+    return 2 * sum(isinstance(box, list) and len(box) == 5 for box in boxes) > len(boxes)
 
 
 def check_annotations(
@@ -69,12 +78,15 @@ def check_annotations(
         problems.append(Problem("annotations", "have no masks", "MODEL.MASK_ON must be False"))
     masks = has_masks and masks is not False
     boxes, found = BoxStatistics(), []
+    oriented = has_oriented_boxes(content)
     for annotation in annotations:
         if not isinstance(annotation, dict):
             continue
         # The exact check takes five times as long, and most annotations are fine.
-        if not _is_fine(annotation, sizes, category_ids, masks, evaluated):
-            found += _annotation_problems(annotation, sizes, category_ids, masks, evaluated, boxes)
+        if oriented or not _is_fine(annotation, sizes, category_ids, masks, evaluated):
+            found += _annotation_problems(
+                annotation, sizes, category_ids, masks, evaluated, boxes, oriented
+            )
         elif annotation.get("segmentation"):
             boxes.with_mask += 1
         else:
@@ -256,6 +268,7 @@ def _annotation_problems(
     masks: bool,
     evaluated: bool,
     boxes: BoxStatistics,
+    oriented: bool,
 ) -> Iterator[Problem]:
     where = record_name("annotation", annotation)
     if evaluated and not is_number(annotation.get("area")):
@@ -284,13 +297,20 @@ def _annotation_problems(
     size = sizes[image]
     visible = True  # whether the box says that there is something to see
     has_area = False
-    if not (isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box))):
-        yield Problem(where, "box is not four numbers", shown(box))
-    elif min(box[2:]) < 0:
+    length, numbers = (5, "five") if oriented else (4, "four")
+    if not (isinstance(box, list) and len(box) == length and all(map(is_coordinate, box))):
+        detail = f"{shown(box)}; most others are" if oriented else shown(box)
+        yield Problem(where, f"box is not {numbers} numbers", detail)
+    elif min(box[2:4]) < 0:
         yield Problem(where, "box of negative size", str(box))
-    elif min(box[2:]) == 0:
+    elif min(box[2:4]) == 0:
         visible = False
         yield warning(where, "box of no area", f"{box}; left out")
+    elif oriented:
+        if size and not (0 <= box[0] <= size[1] and 0 <= box[1] <= size[0]):
+            yield warning(where, "center of the box is outside the image", f"{box}; used as it is")
+        if evaluated and annotation.get("iscrowd", 0):
+            yield Problem(where, "crowd with an oriented box", "it cannot be evaluated")
     elif size:
         has_area = True
         low, high = np.array(box[:2]), np.add(box[:2], box[2:])

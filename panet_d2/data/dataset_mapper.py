@@ -5,9 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Dict, Optional, Tuple
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    annotations_to_instances_rotated,
+    filter_empty_instances,
+)
 from detectron2.data.transforms import Augmentation, ResizeShortestEdge, TransformList
+from detectron2.structures import BoxMode
 from fvcore.transforms.transform import Transform
 
 from .._detectron2 import AnnotationHook
@@ -75,8 +81,18 @@ class NamedImageMapper(AnnotationHook):
     def transform_annotations(
         self, dataset_dict: dict, transforms: TransformList, image_shape: Tuple[int, int]
     ) -> None:
+        annotations = dataset_dict["annotations"]
+        if any(a["bbox_mode"] == BoxMode.XYWHA_ABS for a in annotations):
+            # The parent would turn them into upright boxes.
+            objects = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+            for a in objects:
+                box = np.asarray([a["bbox"]], dtype=float)
+                a["bbox"] = transforms.apply_rotated_box(box)[0]
+            instances = annotations_to_instances_rotated(objects, image_shape)
+            dataset_dict["instances"] = filter_empty_instances(instances)
+            return
         # The parent computes boxes from cropped masks, which fails without objects.
-        if self.recompute_boxes and all(a.get("iscrowd", 0) for a in dataset_dict["annotations"]):
+        if self.recompute_boxes and all(a.get("iscrowd", 0) for a in annotations):
             del dataset_dict["annotations"]
             dataset_dict["instances"] = annotations_to_instances([], image_shape)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 import re
@@ -11,13 +12,14 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..categories import forget_names, read_categories, resolve_categories
 from ..config import read_choice
 from ..errors import ConfigError, DataError
-from ..modeling.check_model import num_classes_node
+from ..modeling.check_model import finds_oriented_boxes, num_classes_node
 from .check import (
     check_sizes,
     forget_images,
@@ -26,7 +28,12 @@ from .check import (
     raise_errors,
     read_coco,
 )
-from .check_annotations import BOX_DIFFERS, check_annotations, summary_problems
+from .check_annotations import (
+    BOX_DIFFERS,
+    check_annotations,
+    has_oriented_boxes,
+    summary_problems,
+)
 from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
 
 logger = logging.getLogger("panet_d2")
@@ -74,15 +81,23 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_coco_instances(
-        name,
-        {
-            "thing_classes": list(classes.values()),
-            "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(classes)},
-            **_keypoint_metadata(categories),
-        },
-        json_file,
-        image_root,
+    oriented = has_oriented_boxes(content)
+
+    def load() -> List[dict]:
+        records = load_coco_json(json_file, image_root, name)
+        if oriented:
+            for annotation in itertools.chain.from_iterable(r["annotations"] for r in records):
+                annotation["bbox_mode"] = BoxMode.XYWHA_ABS
+        return records
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco_rotated" if oriented else "coco",
+        thing_classes=list(classes.values()),
+        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(classes)},
+        **_keypoint_metadata(categories),
     )
 
 
@@ -205,6 +220,7 @@ def _check_dataset(
     """Check a dataset for training, evaluation or both; with ``check``, also each annotation."""
     content, json_file = file.content, MetadataCatalog.get(name).json_file
     annotations = [a for a in content.get("annotations", ()) if isinstance(a, dict)]
+    _check_orientation(cfg, name, content, trained)
     keypoints = _num_keypoints(cfg, name, annotations)
     if cfg.MODEL.MASK_ON:
         _check_masks(cfg, json_file, annotations, trained)
@@ -262,6 +278,28 @@ def _check_images(name: str, content: dict) -> None:
         raise DataError(
             f"dataset {name!r}: {len(missing)} of {len(files)} images are missing, the first is "
             f"{missing[0]}."
+        )
+
+
+def _check_orientation(cfg: CfgNode, name: str, content: dict, trained: bool) -> None:
+    """Raise a ConfigError if the dataset has oriented boxes and the model upright ones, or so."""
+    oriented = has_oriented_boxes(content)
+    if content.get("annotations") and oriented != finds_oriented_boxes(cfg):
+        theirs, wanted = ("oriented", "'RRPN'") if oriented else ("upright", "'RPN'")
+        raise ConfigError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {cfg.MODEL.PROPOSAL_GENERATOR.NAME!r}, but dataset "
+            f"{name!r} has {theirs} boxes (of {5 if oriented else 4} numbers), for which it must "
+            f"be {wanted}; configs/DOTA has examples."
+        )
+    if oriented and trained and cfg.INPUT.CROP.ENABLED:
+        raise ConfigError(
+            f"INPUT.CROP.ENABLED is True; it must be False for dataset {name!r}, because "
+            "Detectron2 cannot crop oriented boxes."
+        )
+    if oriented and trained and cfg.INPUT.RANDOM_FLIP == "vertical":
+        raise ConfigError(
+            f"INPUT.RANDOM_FLIP is 'vertical'; it must be 'horizontal' or 'none' for dataset "
+            f"{name!r}, because Detectron2 cannot flip oriented boxes vertically."
         )
 
 

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
 from detectron2.utils.file_io import PathManager
@@ -29,6 +30,7 @@ from ..errors import ConfigError
 # By evaluator_type.
 _EVALUATORS = {
     "coco": (COCOEvaluator,),
+    "coco_rotated": (RotatedCOCOEvaluator,),
     "coco_panoptic_seg": (SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator),
     "sem_seg": (SemSegEvaluator,),
     "lvis": (LVISEvaluator,),
@@ -55,7 +57,13 @@ _MODULES_FOR_OLD_NUMPY = {
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
     ),
 }
-_TAKE_FOLDER = (COCOEvaluator, COCOPanopticEvaluator, LVISEvaluator, SemSegEvaluator)
+_TAKE_FOLDER = (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    LVISEvaluator,
+    RotatedCOCOEvaluator,
+    SemSegEvaluator,
+)
 
 
 def detection_limit(wanted: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Optional, Tuple, Union
+from typing import Callable, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,10 @@ class LevelwiseConv2d(nn.Conv2d):
         # reshape, because in ONNX flatten fails if M is 0, and unflatten keeps the M of the
         # example.
         x = x.transpose(0, 1)
-        x = x.reshape(x.shape[0], self.in_channels, *x.shape[3:])
-        if x.device.type in LOOP_ON and self.weight.is_contiguous():
+        x = x.reshape(x.shape[0], self.in_channels, x.shape[3], x.shape[4])
+        if torch.jit.is_scripting():
+            x = self._conv_forward(x, self.weight, self.bias)
+        elif x.device.type in LOOP_ON and self.weight.is_contiguous():
             layers = _by_level(self.weight, self.bias, self.groups)
             parts = zip(x.chunk(self.groups, 1), layers)
             levels = [F.conv2d(part, *layer, padding=1) for part, layer in parts]
@@ -81,7 +83,8 @@ class LevelwiseConv2d(nn.Conv2d):
             x = super().forward(x)
         if self.norm is not None:
             x = self.norm(x)
-        x = x.reshape(x.shape[0], self.groups, self.out_channels // self.groups, *x.shape[2:])
+        channels = self.out_channels // self.groups
+        x = x.reshape(x.shape[0], self.groups, channels, x.shape[2], x.shape[3])
         return x.transpose(0, 1)
 
 
@@ -117,18 +120,24 @@ class LevelwiseLinear(nn.Module):
             Tensor: shape (L, M, out_features).
         """
         # fvcore, which traces a model to count its operations, does not know baddbmm.
-        if x.device.type in LOOP_ON or torch.jit.is_tracing():
+        if torch.jit.is_scripting():
+            x = self._batched(x)
+        elif x.device.type in LOOP_ON or torch.jit.is_tracing():
             layers = _by_level(self.weight, self.bias, self.levels)
             x = torch.stack([F.linear(part, *layer) for part, layer in zip(x.unbind(), layers)])
         else:
-            weight = self.weight.unflatten(0, (self.levels, -1)).transpose(1, 2)
-            x = torch.baddbmm(self.bias.unflatten(0, (self.levels, 1, -1)), x, weight)
+            x = self._batched(x)
         if self.norm is None:
             return x
         # Detectron2's norms expect NCHW. For reshape, see LevelwiseConv2d.
         x = x.transpose(0, 1)
         x = self.norm(x.reshape(x.shape[0], self.levels * self.out_features, 1, 1))[:, :, 0, 0]
         return x.reshape(x.shape[0], self.levels, self.out_features).transpose(0, 1)
+
+    def _batched(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.reshape(self.levels, self.out_features, self.in_features)
+        bias = self.bias.reshape(self.levels, 1, self.out_features)
+        return torch.baddbmm(bias, x, weight.transpose(1, 2))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, levels={self.levels}"
@@ -142,8 +151,15 @@ def _by_level(
 
 
 class _NormOfEachLevel(nn.ModuleList):
+    def __init__(self, norms: Iterable[nn.Module]):
+        super().__init__(norms)
+        self.levels = len(self)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([norm(part) for norm, part in zip(self, x.chunk(len(self), 1))], 1)
+        parts = list(x.chunk(self.levels, 1))
+        for i, norm in enumerate(self):
+            parts[i] = norm(parts[i])
+        return torch.cat(parts, 1)
 
 
 def _levelwise_norm(norm: Norm, channels: int, levels: int) -> Optional[nn.Module]:

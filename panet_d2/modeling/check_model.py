@@ -8,9 +8,21 @@ from typing import Any, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    RetinaNet,
+)
+from detectron2.modeling.anchor_generator import RotatedAnchorGenerator
+from detectron2.modeling.proposal_generator.rrpn import RRPN
+from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
+from fvcore.common.registry import Registry
 from torch import nn
 
+from .._detectron2 import compiled_ops_error
 from ..categories import name_datasets
 from ..errors import ConfigError
 
@@ -41,8 +53,19 @@ def warn_once(message: str) -> None:
 
 def is_architecture(cfg: CfgNode, *bases: type) -> bool:
     """Whether ``MODEL.META_ARCHITECTURE`` is one of these classes, or derived from one."""
-    found = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
+    return _is_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, *bases)
+
+
+def _is_registered(registry: Registry, name: str, *bases: type) -> bool:
+    found = dict(registry).get(name)
     return isinstance(found, type) and issubclass(found, bases)
+
+
+def finds_oriented_boxes(cfg: CfgNode) -> bool:
+    """Whether the boxes of the config's model have an angle."""
+    return is_architecture(cfg, GeneralizedRCNN) and _is_registered(
+        PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME, RRPN
+    )
 
 
 def heads_that_ask_for_afp(cfg: CfgNode) -> List[str]:
@@ -74,7 +97,9 @@ def check_model(cfg: CfgNode) -> None:
         cfg (CfgNode): any Detectron2 config.
 
     Raises:
-        ConfigError: if the number of classes is 0, or ``DATASETS.CATEGORIES`` cannot be used.
+        ConfigError: if the number of classes is 0, ``DATASETS.CATEGORIES`` cannot be used, or the
+            model finds oriented boxes and a part of it, or this Detectron2, knows upright ones
+            only.
     """
     node = num_classes_node(cfg)
     if node and cfg.MODEL[node].NUM_CLASSES == 0:
@@ -83,6 +108,8 @@ def check_model(cfg: CfgNode) -> None:
             "panet_d2.data.setup_datasets(cfg), which takes the number from the datasets, before "
             "the model is built."
         )
+    if finds_oriented_boxes(cfg):
+        _check_oriented_parts(cfg)
     if node:
         name_datasets(cfg, cfg.MODEL[node].NUM_CLASSES)
     forget_unread_keys()
@@ -95,6 +122,46 @@ def check_model(cfg: CfgNode) -> None:
             value = tuple(entry for entry in value if entry[0] not in DatasetCatalog)
         if value != nothing:
             _unread.append(f"{key} {value!r}")
+
+
+def _check_oriented_parts(cfg: CfgNode) -> None:
+    """Raise a ConfigError if a part of a model with oriented boxes is for upright ones."""
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    because = f"because MODEL.PROPOSAL_GENERATOR.NAME is {name!r} and finds oriented boxes"
+    for node, registry, base, wanted in (
+        ("ANCHOR_GENERATOR", ANCHOR_GENERATOR_REGISTRY, RotatedAnchorGenerator, ""),
+        ("ROI_HEADS", ROI_HEADS_REGISTRY, RROIHeads, "PANetRROIHeads or "),
+    ):
+        part = cfg.MODEL[node].NAME
+        if not _is_registered(registry, part, base):
+            raise ConfigError(
+                f"MODEL.{node}.NAME is {part!r}; it must be {wanted}{base.__name__}, {because}."
+            )
+    pooler = cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
+    if pooler != "ROIAlignRotated":
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.POOLER_TYPE is {pooler!r}; it must be ROIAlignRotated, {because}."
+        )
+    for node in ("RPN", "ROI_BOX_HEAD"):
+        weights = cfg.MODEL[node].BBOX_REG_WEIGHTS
+        if len(weights) != 5:
+            raise ConfigError(
+                f"MODEL.{node}.BBOX_REG_WEIGHTS is {weights}; it must have five numbers, {because}."
+            )
+    for key, on in (
+        ("MODEL.MASK_ON", cfg.MODEL.MASK_ON),
+        ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON),
+        ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED),
+        *((key, True) for key in suppression_keys(cfg)),
+    ):
+        if on:
+            raise ConfigError(f"{key} is {on}; it must be False, {because}.")
+    error = compiled_ops_error()
+    if error:
+        raise ConfigError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {name!r}, which needs Detectron2's compiled "
+            f"operators; build Detectron2 from its source, because they cannot be imported: {error}"
+        )
 
 
 def forget_unread_keys() -> None:

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.modeling.poolers import (
+    ROIPooler,
+    assign_boxes_to_levels,
+    convert_boxes_to_pooler_format,
+)
 from detectron2.structures import Boxes
 from torch import nn
 
@@ -97,7 +101,8 @@ class AdaptiveROIPooler(ROIPooler):
         height, width = self.output_size
         self.grid_features = in_channels * height * width
         # The weights of the levels are independent (the paper's fig. 1c).
-        self.adaptation_layers: Union[LevelwiseConv2d, LevelwiseLinear]
+        # None, and not missing, so that TorchScript leaves them out.
+        self.adaptation_layers: Optional[Union[LevelwiseConv2d, LevelwiseLinear]] = None
         if adaptation == "conv":
             self.adaptation_layers = LevelwiseConv2d(in_channels, dim, len(scales), norm)
         elif adaptation == "fc":
@@ -185,12 +190,13 @@ class AdaptiveROIPooler(ROIPooler):
         if len(box_lists) != x[0].shape[0]:
             raise ValueError(f"{x[0].shape[0]} images, but boxes for {len(box_lists)}.")
         if len(box_lists) == 0:
-            shape = self.output_shape
-            return x[0].new_zeros((0, shape.channels, shape.height, shape.width))
+            height, width = (1, 1) if self.adaptation == "fc" else self.output_size
+            return x[0].new_zeros((0, self.out_channels, height, width))
         # Contiguous, as the stock pooler's result, because some heads view it in another shape.
-        if self.adaptation == "none":
-            return self._pool(x, box_lists, self.fusion).contiguous()
-        fused = self.fuse(self.adapt(self.pool_levels(x, box_lists)))
+        if self.adaptation_layers is None:
+            fused = self._pool_and_fuse(x, box_lists)
+        else:
+            fused = self.fuse(self.adapt(self.pool_levels(x, box_lists)))
         return fused[:, :, None, None] if self.adaptation == "fc" else fused.contiguous()
 
     def pool_levels(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
@@ -200,7 +206,10 @@ class AdaptiveROIPooler(ROIPooler):
         Returns:
             Tensor: shape (L, M, in_channels, height, width).
         """
-        return self._pool(x, box_lists, None)
+        if torch.jit.is_scripting():
+            return self._pool_scripted(x, box_lists)
+        else:
+            return self._pool(x, box_lists, None)
 
     def adapt(self, pooled: torch.Tensor) -> torch.Tensor:
         """
@@ -214,7 +223,8 @@ class AdaptiveROIPooler(ROIPooler):
         """
         if self.adaptation == "fc":
             # Not flatten, whose export to ONNX fails without proposals.
-            pooled = pooled.reshape(*pooled.shape[:2], self.grid_features)
+            pooled = pooled.reshape(pooled.shape[0], pooled.shape[1], self.grid_features)
+        assert self.adaptation_layers is not None
         return self.adaptation_layers(pooled)
 
     def fuse(self, levels: torch.Tensor) -> torch.Tensor:
@@ -227,10 +237,13 @@ class AdaptiveROIPooler(ROIPooler):
         Returns:
             Tensor: shape (M, ...).
         """
-        if self.fusion == "max":
+        if torch.jit.is_scripting():
+            return _fuse_scripted(levels.relu(), self.fusion)
+        elif self.fusion == "max":
             # The ReLU of the maximum is the maximum of the ReLUs, with one ReLU instead of L.
             return fuse_levels(levels.unbind(), "max").relu()
-        return fuse_levels(levels.relu().unbind(), self.fusion)
+        else:
+            return fuse_levels(levels.relu().unbind(), self.fusion)
 
     def fpn_levels(self, box_lists: List[Boxes]) -> torch.Tensor:
         """
@@ -248,6 +261,20 @@ class AdaptiveROIPooler(ROIPooler):
             self.canonical_box_size,
             self.canonical_level,
         )
+
+    def _pool_and_fuse(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return _fuse_scripted(self._pool_scripted(x, box_lists), self.fusion)
+        else:
+            return self._pool(x, box_lists, self.fusion)
+
+    def _pool_scripted(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """As :meth:`_pool` without fusion, by the parent's poolers, which can be scripted."""
+        boxes = convert_boxes_to_pooler_format(box_lists)
+        pooled: List[torch.Tensor] = []
+        for level, pooler in enumerate(self.level_poolers):
+            pooled.append(pooler(x[level], boxes))
+        return torch.stack(pooled)
 
     def _pool(
         self, x: List[torch.Tensor], box_lists: List[Boxes], fuse: Optional[str]
@@ -267,6 +294,15 @@ class AdaptiveROIPooler(ROIPooler):
 
     def extra_repr(self) -> str:
         return f"fusion={self.fusion!r}, adaptation={self.adaptation!r}"
+
+
+def _fuse_scripted(levels: torch.Tensor, fusion: str) -> torch.Tensor:
+    """As :func:`panet_d2.layers.fuse_levels`, of one tensor (L, ...)."""
+    if fusion == "max":
+        return levels.amax(0)
+    if fusion == "product":
+        return levels.prod(0)
+    return levels.mean(0) if fusion == "mean" else levels.sum(0)
 
 
 def adaptive_poolers(roi_heads: nn.Module) -> Dict[str, AdaptiveROIPooler]:

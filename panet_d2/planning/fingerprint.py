@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.check import raise_errors, read_coco
-from ..data.check_annotations import check_annotations
+from ..data.check_annotations import check_annotations, has_oriented_boxes
 from ..data.problem import Problem
 from ..errors import DataError
 
@@ -189,6 +189,8 @@ def read_fingerprint(json_file: str, image_root: str, evaluated: bool = False) -
         raise DataError(f"there is no image folder {image_root}.")
     problems = check_annotations(content, evaluated=evaluated, trained=not evaluated)
     raise_errors(problems, json_file, image_root)
+    if has_oriented_boxes(content):
+        raise DataError(f"{json_file} has oriented boxes; only upright boxes can be measured.")
     images = tqdm(content["images"], desc="image headers", unit="image", disable=None)
     problems = [p for i in images for p in _header_problems(i, image_root)]
     raise_errors(problems, json_file, image_root)

@@ -13,14 +13,13 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import build_proposal_generator
-from detectron2.modeling.roi_heads import RROIHeads, StandardROIHeads, build_roi_heads
+from detectron2.modeling.roi_heads import StandardROIHeads, build_roi_heads
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from panet_d2 import AdaptiveROIPooler
+from panet_d2 import AdaptiveROIPooler, PANetRROIHeads
 from panet_d2.modeling import FastRCNNConvFCNormHead
-from panet_d2.modeling.roi_heads.roi_heads import AdaptivePoolingMixin
 
 from ..common import needs_cuda, tiny_cfg
 from .common import needs_rotated_ops, rotated
@@ -187,10 +186,6 @@ def test_box_head_scripts(norm):
     assert torch.equal(torch.jit.script(head)(x), head(x))
 
 
-class RotatedPANetROIHeads(AdaptivePoolingMixin, RROIHeads):
-    """The mixin works before any StandardROIHeads, also those that know rotated boxes alone."""
-
-
 @needs_rotated_ops
 @pytest.mark.parametrize("adaptation, num_conv", [("fc", 0), ("conv", 1), ("none", 0)])
 def test_rotated_boxes(adaptation, num_conv):
@@ -203,7 +198,7 @@ def test_rotated_boxes(adaptation, num_conv):
         *("MODEL.ROI_BOX_HEAD.NUM_CONV", num_conv),
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
     )
-    heads = RotatedPANetROIHeads(cfg, shapes())
+    heads = PANetRROIHeads(cfg, shapes())
     assert isinstance(heads.box_pooler, AdaptiveROIPooler)
     pictures, maps, gt, given = images(), feature_maps(), targets(), proposals()
     for instances, proposal in zip(gt, given):

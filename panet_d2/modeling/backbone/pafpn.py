@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import FunctionType
 from typing import Dict, List, Optional
 
 import fvcore.nn.weight_init as weight_init
@@ -32,6 +33,9 @@ class PAFPN(TrainingNotice, FPN):
     The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
     works. FPN's parameters keep their names, so that its checkpoints load.
     """
+
+    # The parent's forward by another name, because TorchScript cannot compile super().forward.
+    top_down = FunctionType(FPN.forward.__code__, FPN.forward.__globals__, "top_down")
 
     @configurable
     def __init__(
@@ -174,21 +178,33 @@ class PAFPN(TrainingNotice, FPN):
         """
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        pyramid = super().forward(x)
+        pyramid: Dict[str, torch.Tensor] = self.top_down(x)
         feature = pyramid[self.levels[0]]
-        for level, downsample, fusion in zip(
-            self.levels[1:], self.downsample_convs, self.fusion_convs
-        ):
+        for i, (downsample, fusion) in enumerate(zip(self.downsample_convs, self.fusion_convs)):
+            level = self.levels[i + 1]
             feature = downsample(feature) + pyramid[level]
             pyramid[level] = fusion(feature)
             if self.bottom_up_input == "output":
                 feature = pyramid[level]
         # FPN ran the top block on P5. If the block reads the pyramid, the paper's N6 comes from N5:
         # run it again, at a resolution that costs nothing. RetinaNet's P6 from res5 stays.
-        if self.top_block is not None and self.top_block.in_feature in pyramid:
-            extra = self.top_block(pyramid[self.top_block.in_feature])
-            pyramid.update(zip(self.extra_levels, extra))
+        if self.top_block is not None:
+            if self.top_block.in_feature in pyramid:
+                for i, extra in enumerate(self.top_block(pyramid[self.top_block.in_feature])):
+                    pyramid[self.extra_levels[i]] = extra
         return pyramid
+
+    def __prepare_scriptable__(self) -> PAFPN:
+        """Return a copy for TorchScript, with lists of modules, as Detectron2's FPN does."""
+        import detectron2.export  # noqa: F401, gives FPN this method
+
+        ret = super().__prepare_scriptable__()
+        ret.downsample_convs = nn.ModuleList(ret.downsample_convs)
+        ret.fusion_convs = nn.ModuleList(ret.fusion_convs)
+        for level in self.levels[1:]:
+            delattr(ret, f"pafpn_downsample{level[1:]}")
+            delattr(ret, f"pafpn_output{level[1:]}")
+        return ret
 
 
 def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: str) -> None:

@@ -1,6 +1,6 @@
 from .box_head import FastRCNNConvFCNormHead
 from .mask_head import FCFusionBranch, PANetMaskHead
-from .roi_heads import AdaptivePoolingMixin, PANetCascadeROIHeads, PANetROIHeads
+from .roi_heads import AdaptivePoolingMixin, PANetCascadeROIHeads, PANetROIHeads, PANetRROIHeads
 from .suppression import Suppression, SuppressionMixin, set_suppression
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PANetCascadeROIHeads",
     "PANetMaskHead",
     "PANetROIHeads",
+    "PANetRROIHeads",
     "Suppression",
     "SuppressionMixin",
     "set_suppression",

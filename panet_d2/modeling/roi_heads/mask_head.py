@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -120,7 +120,10 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             **kwargs,
         )
         self.num_shared = len(conv_dims) - 2  # convs that both paths go through
+        self.num_fcn_layers = len(self)
         self.fc_fusion_on = fc_fusion
+        # None, and not missing, so that TorchScript leaves out the path.
+        self.fc_fusion: Optional[FCFusionBranch] = None
         if not fc_fusion:
             return
         if self.num_shared < 0:
@@ -187,10 +190,14 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             Tensor: mask logits of shape (M, num_classes, 2R, 2R): the FCN path's plus, for every
             class, the fully-connected path's.
         """
-        if not self.fc_fusion_on:
-            return super().layers(x)
-        fcn_logits, fc_logits = self.forward_paths(x)
-        return fcn_logits + fc_logits
+        # Not super().layers, which TorchScript cannot compile.
+        if self.fc_fusion is None:
+            for layer in self:
+                x = layer(x)
+        else:
+            fcn_logits, fc_logits = self.forward_paths(x)
+            x = fcn_logits + fc_logits
+        return x
 
     def forward_paths(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """
@@ -203,10 +210,11 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             tuple[Tensor, Tensor]: logits of the FCN path, (M, num_classes, 2R, 2R), and of the
             fully-connected path, (M, 1, 2R, 2R).
         """
-        *fcn_layers, fc_fusion = self
-        for layer in fcn_layers[: self.num_shared]:
-            x = layer(x)
-        fc_logits = fc_fusion(x)
-        for layer in fcn_layers[self.num_shared :]:
-            x = layer(x)
-        return x, fc_logits
+        assert self.fc_fusion is not None
+        shared = x
+        for i, layer in enumerate(self):
+            if i == self.num_shared:
+                shared = x
+            if i < self.num_fcn_layers:
+                x = layer(x)
+        return x, self.fc_fusion(shared)

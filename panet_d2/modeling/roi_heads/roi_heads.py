@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, ROIHeads
+from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 
 from ...config import read_choice
-from ...errors import ConfigError
+from ...errors import ConfigError, ExportError
 from ..check_model import (
     TrainingNotice,
     check_model,
@@ -61,6 +63,16 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         ret[f"{branch}_pooler"] = pooler
         return ret
 
+    def __prepare_scriptable__(self) -> AdaptivePoolingMixin:
+        """Called by :func:`torch.jit.script`; ExportError for heads that it cannot compile."""
+        stock = next((c for c in (CascadeROIHeads, RROIHeads) if isinstance(self, c)), None)
+        if stock:
+            raise ExportError(
+                f"{type(self).__name__} cannot be scripted, because Detectron2's {stock.__name__} "
+                "cannot; tools/export_model.py exports cascades by tracing."
+            )
+        return self
+
 
 @ROI_HEADS_REGISTRY.register()
 class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
@@ -71,11 +83,24 @@ class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
     """
 
 
+# For TorchScript, as Detectron2 does for the parent when detectron2.export is imported. Not in the
+# class, where these annotations would be text.
+PANetROIHeads.__annotations__ = dict.fromkeys(("mask_on", "keypoint_on"), torch.jit.Final[bool])
+
+
 @ROI_HEADS_REGISTRY.register()
 class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
     """
     :class:`CascadeROIHeads` with adaptive feature pooling before each branch. The stages share
     the box pooler, as in the parent, and so its adaptation layers.
+    """
+
+
+@ROI_HEADS_REGISTRY.register()
+class PANetRROIHeads(AdaptivePoolingMixin, RROIHeads):
+    """
+    :class:`RROIHeads`, which find oriented boxes, with adaptive feature pooling before the box
+    branch, the only one that they have.
     """
 
 
