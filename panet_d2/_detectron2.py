@@ -6,6 +6,7 @@ All were seen in Detectron2 0.6: its main branch of August 2024 and of June 2026
 
 from __future__ import annotations
 
+import copy
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -171,6 +172,13 @@ class HeadHooks(_ROIHeads):
         *targets: Optional[List[Instances]],
     ) -> Any:
         return self.forward_box(features, proposals, *targets)
+
+    def without_hooks(self) -> _ROIHeads:
+        """Return a copy without :meth:`forward_box`: TorchScript cannot compile ``super()``."""
+        stock = {"_forward_box": super(HeadHooks, type(self))._forward_box}
+        ret = copy.copy(self)
+        ret.__class__ = type(type(self).__name__, (type(self),), stock)
+        return ret
 
 
 class TTAHooks(GeneralizedRCNNWithTTA):

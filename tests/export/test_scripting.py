@@ -139,3 +139,10 @@ def test_cascade_is_refused():
     )
     with pytest.raises(ExportError, match="PANetCascadeROIHeads cannot be scripted, because"):
         scripting_with_instances(build_model(cfg).eval(), FIELDS)
+
+
+@pytest.mark.parametrize("key", ["TEST.SOFT_NMS.ENABLED", "TEST.BOX_VOTING.ENABLED"])
+def test_suppression_is_refused(key):
+    model = build_model(tiny_cfg(key, True)).eval()
+    with pytest.raises(ExportError, match="Soft-NMS or box voting cannot be scripted"):
+        scripting_with_instances(model, FIELDS)

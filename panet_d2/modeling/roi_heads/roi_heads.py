@@ -63,7 +63,7 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         ret[f"{branch}_pooler"] = pooler
         return ret
 
-    def __prepare_scriptable__(self) -> AdaptivePoolingMixin:
+    def __prepare_scriptable__(self) -> ROIHeads:
         """Called by :func:`torch.jit.script`; ExportError for heads that it cannot compile."""
         stock = next((c for c in (CascadeROIHeads, RROIHeads) if isinstance(self, c)), None)
         if stock:
@@ -71,7 +71,9 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
                 f"{type(self).__name__} cannot be scripted, because Detectron2's {stock.__name__} "
                 "cannot; tools/export_model.py exports cascades by tracing."
             )
-        return self
+        if hasattr(self.box_predictor, "suppression"):
+            raise ExportError("models with Soft-NMS or box voting cannot be scripted.")
+        return self.without_hooks()
 
 
 @ROI_HEADS_REGISTRY.register()
