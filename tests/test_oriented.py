@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,12 +224,11 @@ def test_perfect_detections_have_full_ap(data, tmp_path):
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_demo_writes_five_numbers(monkeypatch):
+def test_demo_writes_five_numbers():
     demo = load_script("demo/demo.py")
     found = Instances((60, 90))
     found.pred_boxes = RotatedBoxes([[30.0, 20, 10, 5, 40]])
     found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
-    model = type("Model", (), {"category_ids": [7]})()
-    name = next(n for n, v in vars(demo).items() if hasattr(v, "results"))
-    (result,) = vars(demo)[name].results(model, {"instances": found}, 1, "a.png")
+    model = SimpleNamespace(category_ids=[7])
+    (result,) = demo.Model.results(model, {"instances": found}, 1, "a.png")
     assert result["bbox"] == [30, 20, 10, 5, 40] and result["category_id"] == 7

@@ -1,7 +1,7 @@
 """
 What Detectron2's tests hold for its FPN and for the models on it, held for PAFPN.
 
-Not carried over: scripting, see test_poolers.py. Detectron2 traces its backbones as well.
+Scripting is tested in tests/export/test_scripting.py.
 """
 
 import pytest

@@ -2,7 +2,7 @@
 What Detectron2's tests hold for its mask head and for masks on their way in and out of it, held for
 PANetMaskHead.
 
-Not carried over: scripting, see test_poolers.py; PANetMaskHead is traced instead.
+Scripting is tested in tests/export/test_scripting.py.
 """
 
 import copy

@@ -1,8 +1,7 @@
 """
 What Detectron2's tests hold for its ROIPooler, held for AdaptiveROIPooler.
 
-Not carried over: scripting. TorchScript compiles no call of a parent's method, and ours extend
-their parents by such calls; they are exported by tracing, which is tested instead.
+Scripting is tested in tests/export/test_scripting.py.
 """
 
 import pytest

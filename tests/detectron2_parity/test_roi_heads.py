@@ -3,8 +3,7 @@ What Detectron2's tests hold for its ROI heads, held for PANetROIHeads and PANet
 
 Not carried over: losses compared with numbers that were written down once. Where adaptive feature
 pooling has nothing to do, the losses are the stock heads'; with it they are only the same again.
-Nor is scripting, but for the box head, see test_poolers.py. Detectron2 makes even its own ROI heads
-scriptable class by class, not their subclasses.
+Scripting is tested in tests/export/test_scripting.py.
 """
 
 import pytest
