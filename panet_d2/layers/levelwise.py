@@ -12,11 +12,11 @@ from torch import nn
 Norm = Union[str, Callable[[int], nn.Module]]
 
 # Types of devices on which a loop over the levels replaces the one operator for all of them. On two
-# cores of an Intel Xeon, with 4 levels of 256 channels: the loop of linear layers took the same time
-# forward and 0.45 (100 boxes) and 0.88 times (1000) as much backward. The loop of convs took 0.95 to
-# 1.02 and 0.89 to 1.00 times as much, but 1.07 to 1.10 and 1.02 times with 512 boxes or more in
-# channels-last, which grouped convs therefore keep. A batched product of unfolded maps took 2 to 4
-# times as much. CUDA has not been measured.
+# cores of an Intel Xeon, with 4 levels of 256 channels: the loop of linear layers took the same
+# time forward and 0.45 (100 boxes) and 0.88 times (1000) as much backward. The loop of convs took
+# 0.95 to 1.02 and 0.89 to 1.00 times as much, but 1.07 to 1.10 and 1.02 times with 512 boxes or
+# more in channels-last, which grouped convs therefore keep. A batched product of unfolded maps took
+# 2 to 4 times as much. CUDA has not been measured.
 LOOP_ON = ("cpu",)
 
 # Norms that treat each channel by itself, so that one of them serves all levels.
@@ -25,8 +25,8 @@ _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyn
 
 class LevelwiseConv2d(nn.Conv2d):
     """
-    A 3x3 conv and a norm for each level, with independent weights: one grouped convolution, or, with
-    contiguous weights, a loop on the devices of :data:`LOOP_ON`.
+    A 3x3 conv and a norm for each level, with independent weights: one grouped convolution, or,
+    with contiguous weights, a loop on the devices of :data:`LOOP_ON`.
 
     Along the first axis of every parameter and buffer, the levels follow each other, with
     ``out_channels`` entries each.

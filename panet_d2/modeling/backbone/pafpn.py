@@ -195,7 +195,7 @@ class PAFPN(TrainingNotice, FPN):
         return pyramid
 
     def __prepare_scriptable__(self) -> PAFPN:
-        """Return a copy for TorchScript, with convs in lists of modules, as Detectron2's FPN does."""
+        """Return a copy for TorchScript, with convs in lists of modules, as FPN does."""
         import detectron2.export  # noqa: F401, gives FPN this method
 
         ret = super().__prepare_scriptable__()
