@@ -11,21 +11,12 @@ from torch import nn
 
 Norm = Union[str, Callable[[int], nn.Module]]
 
-<<<<<<< HEAD
 # Device types on which a loop over the levels replaces one operator for all levels. Times of the
 # loop, divided by the operator's (two cores of an Intel Xeon, 4 levels of 256 channels):
 #   linear layers, 100 and 1000 boxes     forward 1.03, 1.00   backward 0.45, 0.88
 #   convs, contiguous, 100 and 1000       forward 0.95, 1.02   backward 0.89, 1.00
 #   convs, channels-last, 100 and 1000    forward 0.99, 1.08   backward 0.95, 1.02
 # A batched product of the convs' unfolded maps took 2 to 4 times as long. Not measured: CUDA.
-=======
-# Types of devices on which a loop over the levels replaces the one operator for all of them. On two
-# cores of an Intel Xeon, with 4 levels of 256 channels: the loop of linear layers took the same
-# time forward and 0.45 (100 boxes) and 0.88 times (1000) as much backward. The loop of convs took
-# 0.95 to 1.02 and 0.89 to 1.00 times as much, but 1.07 to 1.10 and 1.02 times with 512 boxes or
-# more in channels-last, which grouped convs therefore keep. A batched product of unfolded maps took
-# 2 to 4 times as much. CUDA has not been measured.
->>>>>>> misc
 LOOP_ON = ("cpu",)
 
 # Norms that treat each channel by itself: a single norm can serve all levels.
@@ -34,12 +25,7 @@ _CHANNELWISE = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyn
 
 class LevelwiseConv2d(nn.Conv2d):
     """
-<<<<<<< HEAD
     One 3x3 conv and one norm per level, with independent weights.
-=======
-    A 3x3 conv and a norm for each level, with independent weights: one grouped convolution, or,
-    with contiguous weights, a loop on the devices of :data:`LOOP_ON`.
->>>>>>> misc
 
     The levels run as one grouped convolution. On the devices of :data:`LOOP_ON`, they run in a
     loop if the weights are contiguous.
