@@ -216,7 +216,7 @@ class Trainer(TrainingLoop):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start: int = 0) -> Iterable[List[dict]]:
-        """Return :func:`panet_d2.data.train_loader.build_train_loader` with this package's mapper."""
+        """Return the loader of :func:`panet_d2.data.train_loader.build_train_loader`."""
         return build_train_loader(cfg, NamedImageMapper(cfg, True), start)
 
     @classmethod
