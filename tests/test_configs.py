@@ -31,6 +31,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn import SyncBatchNorm
 
 from panet_d2 import ConfigError, add_panet_config
+from panet_d2.check_config import check_values
 from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.check import check_training_images
 from panet_d2.engine import Trainer
@@ -196,15 +197,20 @@ def use_everything(cfg: CfgNode) -> None:
     build_model(cfg)
 
 
+def use(key: str, cfg: CfgNode) -> None:
+    # The keys of inference are read after training, so they are checked before.
+    check_values(cfg) if key.startswith("TEST.") else use_everything(cfg)
+
+
 @pytest.mark.parametrize("key", sorted({*leaves(default_config())} - {*leaves(get_cfg())}))
 def test_every_key_is_read(key: str):
     """A value that no key accepts ends in an error that names the key."""
-    use_everything(tiny_cfg("MODEL.ROI_KEYPOINT_HEAD.AFP.ENABLED", True))
+    use(key, tiny_cfg("MODEL.ROI_KEYPOINT_HEAD.AFP.ENABLED", True))
     cfg = tiny_cfg("MODEL.ROI_KEYPOINT_HEAD.AFP.ENABLED", True)
     *nodes, name = key.split(".")
     reduce(getattr, nodes, cfg)[name] = "nonsense"
     with pytest.raises(ConfigError, match=f"{key} is 'nonsense'"):
-        use_everything(cfg)
+        use(key, cfg)
 
 
 # ------------------------------------------------------------------------------------------------ #
