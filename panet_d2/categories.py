@@ -29,7 +29,7 @@ def as_categories(value: Any) -> Optional[Categories]:
 
 def read_categories(cfg: CfgNode) -> Categories:
     """Return ``DATASETS.CATEGORIES``; raise a ConfigError if it is not a list of (id, name)."""
-    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs do not have it
+    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs lack this key
     categories = as_categories(value)
     if categories is None:
         found = f"is {value!r}"
@@ -125,7 +125,7 @@ def forget_names(names: Iterable[str]) -> None:
     """Drop the metadata of these datasets that :func:`name_datasets` took from a config."""
     for name in _from_config.intersection(names):
         _from_config.remove(name)
-        if name not in DatasetCatalog:  # it may have been registered since
+        if name not in DatasetCatalog:  # the dataset may have been registered since
             MetadataCatalog.pop(name, None)
 
 

@@ -131,8 +131,8 @@ def _panet_config() -> CN:
     # Datasets in COCO format to register, for DATASETS.TRAIN and TEST: a list of (name, annotation
     # file, image folder). Relative paths start at the folder in the environment variable
     # DETECTRON2_DATASETS ("datasets" by default). The annotation file determines the class names
-    # and the evaluator. It also determines the number of classes if MODEL.ROI_HEADS.NUM_CLASSES
-    # (or MODEL.RETINANET.NUM_CLASSES) is 0.
+    # and the evaluator. The file also determines the number of classes if
+    # MODEL.ROI_HEADS.NUM_CLASSES (or MODEL.RETINANET.NUM_CLASSES) is 0.
     _C.DATASETS.REGISTER_COCO = ()
     # The dataset's id and the name of each class, in the model's order: a list of [id, name]. The
     # first dataset of TEST and TRAIN with class names sets this key. A run's config.yaml keeps the
@@ -178,8 +178,8 @@ def _panet_config() -> CN:
     # Delete boxes whose lowered score is not above this value.
     _C.TEST.SOFT_NMS.SCORE_THRESH = 0.001
     _C.TEST.BOX_VOTING = CN()
-    # Replace each detection by the mean of the boxes of its class that overlap it, weighted by
-    # their scores.
+    # Replace each detection by the mean of the boxes of its class that overlap the detection,
+    # weighted by their scores.
     _C.TEST.BOX_VOTING.ENABLED = False
     # The lowest IoU at which a box votes.
     _C.TEST.BOX_VOTING.THRESH = 0.8
@@ -191,8 +191,8 @@ def _panet_config() -> CN:
     _C.TEST.BOX_VOTING.TEMPERATURE = 1.0
 
     # ---------------------------------------------------------------------------------------- #
-    # Test-time augmentation, beside Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE and FLIP
-    # (docs/inference.md). Read by train_net.py, the demo and panet_d2.engine.Predictor.
+    # Test-time augmentation (docs/inference.md). Detectron2's own keys are TEST.AUG.ENABLED,
+    # MIN_SIZES, MAX_SIZE and FLIP. Read by train_net.py, the demo and panet_d2.engine.Predictor.
     # ---------------------------------------------------------------------------------------- #
     _C.TEST.AUG = CN()
     # Also flip vertically. Each combination of flips, rotations, aspect ratios and sizes is one
@@ -210,8 +210,8 @@ def _panet_config() -> CN:
     _C.TEST.AUG.BOX_SIZES = ()
     # How the boxes of all views are merged:
     #   "nms"  as for one image, with TEST.SOFT_NMS and TEST.BOX_VOTING if they are enabled.
-    #   "wbf"  weighted boxes fusion with the IoU of MODEL.ROI_HEADS.NMS_THRESH_TEST. This needs
-    #          the package ensemble-boxes.
+    #   "wbf"  weighted boxes fusion with the IoU of MODEL.ROI_HEADS.NMS_THRESH_TEST. Needs the
+    #          package ensemble-boxes.
     _C.TEST.AUG.MERGE = "nms"
     # Average the masks of the views as "probabilities" or as "logits".
     _C.TEST.AUG.MASKS = "probabilities"

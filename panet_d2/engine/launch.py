@@ -30,7 +30,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     """
     Run ``main(args)`` in every process of the job. The processes are those of torchrun, or else
     ``args.num_gpus`` processes that Detectron2 starts on this machine. A SIGTERM is passed on to
-    all processes. Without CUDA, they run on the CPU.
+    all processes. Without CUDA, the processes run on the CPU.
 
     Args:
         main (callable): the function to run.

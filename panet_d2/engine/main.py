@@ -47,7 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _setup(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
-        args.config_file = find_config_file(args.config_file)  # default_setup logs its content
+        args.config_file = find_config_file(args.config_file)  # default_setup logs the file
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()

@@ -174,7 +174,7 @@ class Predictor(DefaultPredictor):
             return found
         if image.dtype == np.uint8:
             return ""
-        if not color:  # in units of its own
+        if not color:  # in the image's own units
             return "" if image.dtype.kind in "uif" else found
         if image.dtype not in (np.float32, np.float64):
             return found

@@ -249,7 +249,7 @@ class Trainer(TrainingLoop):
         model = RCNNWithTTA(cfg, model)
         whole = cfg.clone()
         whole.defrost()
-        # The views are made from the image as it is in its file, not resized twice.
+        # Make the views from the image in its file's size, so that it is not resized twice.
         whole.INPUT.MIN_SIZE_TEST = 0
         results: Dict[str, Any] = {}
         for name in cfg.DATASETS.TEST:

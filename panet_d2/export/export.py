@@ -87,10 +87,10 @@ def export_model(
     older file of this name is removed first. If the check fails, no file is left.
 
     The file takes one image, a float32 tensor of shape (C, H, W) for any H and W, from 0 to 255 in
-    the config's ``INPUT.FORMAT``. It normalizes and pads the image, and returns in this order, for
-    N detections (N may be 0):
+    the config's ``INPUT.FORMAT``. The file normalizes and pads the image. For N detections (N may be
+    0), the file returns in this order:
 
-    - ``pred_boxes``, (N, 4): x0, y0, x1, y1 in pixels of that image;
+    - ``pred_boxes``, (N, 4): x0, y0, x1, y1 in pixels of the input image;
     - ``pred_classes``, (N,), int64, and ``scores``, (N,);
     - ``pred_masks``, (N, 1, S, S), if the model has masks: probabilities within the box;
     - ``pred_keypoints``, (N, K, 3), if the model has keypoints.
@@ -234,7 +234,8 @@ def _as_export_error(what: str) -> Iterator[None]:
     """Turn any error into an ExportError of one line."""
     try:
         with warnings.catch_warnings():
-            # Tracing warns wherever a value decides what is computed. The check covers them.
+            # Tracing warns wherever a value decides what is computed. export_model checks
+            # the results.
             warnings.simplefilter("ignore")
             yield
     except Exception as e:  # torch and onnxruntime raise their own

@@ -39,7 +39,7 @@ _TRAINER_KEYS = {
     "DATASETS.CHECK_IMAGES": True,
 }
 
-# Those of these keys that the last built model's config sets, and its TEST.AUG.ENABLED, which
+# What the config of the last built model sets: keys of _TRAINER_KEYS, and TEST.AUG.ENABLED, which
 # Detectron2's predictor ignores. Both lists are cleared when the model's mode is set.
 _unread: List[str] = []
 _augmented: List[str] = []

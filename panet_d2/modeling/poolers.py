@@ -32,7 +32,8 @@ from .check_model import warn_once
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
 
-# Config key for the width of the layer that the adaptation layer replaces. Both have this width.
+# Config key for the width of the head's layer that the adaptation layer replaces. Both layers have
+# this width.
 _WIDTH_KEYS = {
     ("ROI_BOX_HEAD", "conv"): "CONV_DIM",
     ("ROI_BOX_HEAD", "fc"): "FC_DIM",

@@ -31,7 +31,7 @@ class PAFPN(TrainingNotice, FPN):
         N(i+1) = relu(conv3x3(relu(conv3x3, stride 2 (N(i))) + P(i+1)))
 
     The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
-    works. FPN's parameters keep their names, so that its checkpoints load.
+    works. FPN's parameters keep their names, so that checkpoints of FPN load.
     """
 
     # FPN.forward under another name, because TorchScript cannot compile super().forward.

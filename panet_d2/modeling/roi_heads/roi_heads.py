@@ -64,7 +64,7 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         return ret
 
     def __prepare_scriptable__(self) -> ROIHeads:
-        """Return a copy for :func:`torch.jit.script`, or raise an ExportError if it cannot work."""
+        """Return a copy for TorchScript; raise ExportError if the heads cannot be scripted."""
         stock = next((c for c in (CascadeROIHeads, RROIHeads) if isinstance(self, c)), None)
         if stock:
             raise ExportError(
@@ -85,8 +85,8 @@ class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
     """
 
 
-# For TorchScript. detectron2.export does the same for the parent when it is imported. In the class
-# body, these annotations would be text.
+# For TorchScript. detectron2.export does the same for the parent on import. In the class body,
+# these annotations would be text.
 PANetROIHeads.__annotations__ = dict.fromkeys(("mask_on", "keypoint_on"), torch.jit.Final[bool])
 
 
