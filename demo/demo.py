@@ -5,7 +5,7 @@ Run a trained model on images, a video or a webcam, and show or save the predict
     python demo/demo.py --config-file X.yaml --input a.jpg folder 'more/*.png' --output pictures \\
         --json results.json --opts MODEL.WEIGHTS model_final.pth
 
-Exit status: 0 if all went well, 1 if an input could not be used or nothing could be done.
+Exit status: 0 on success, 1 if an input could not be used or nothing could be done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from panet_d2.engine import Predictor, setup_config
 from panet_d2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import cv2  # imported where it is used, because a server may not have it
+    import cv2  # imported where it is used, because a server may lack OpenCV
 
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 # Codecs for each kind of video, best first. The build of OpenCV decides which codecs work.
@@ -181,7 +181,7 @@ class Model:
 
 
 def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Return the images at these paths and the paths without; DataError if all are without."""
+    """Return the images at these paths, and the paths without any; DataError if no images."""
     images: Dict[str, str] = {}
     empty = []
     for path in map(os.path.expanduser, given):
@@ -327,7 +327,7 @@ def predict(args: argparse.Namespace) -> int:
                 writer.write(picture)
             elif not args.json and not show(model.draw(image, outputs), 0 if args.input else 1):
                 break
-            if args.json:  # after drawing, because it may move keypoints
+            if args.json:  # after drawing: results() may move keypoints
                 results += model.results(outputs, image_id, name)
     except KeyboardInterrupt:
         if args.webcam is None:
