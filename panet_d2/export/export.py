@@ -87,8 +87,8 @@ def export_model(
     older file of this name is removed first. If the check fails, no file is left.
 
     The file takes one image, a float32 tensor of shape (C, H, W) for any H and W, from 0 to 255 in
-    the config's ``INPUT.FORMAT``. The file normalizes and pads the image. For N detections (N may be
-    0), the file returns in this order:
+    the config's ``INPUT.FORMAT``. The file normalizes and pads the image. For N detections (N may
+    be 0), the file returns in this order:
 
     - ``pred_boxes``, (N, 4): x0, y0, x1, y1 in pixels of the input image;
     - ``pred_classes``, (N,), int64, and ``scores``, (N,);
