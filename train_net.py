@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train and evaluate PANet, and anything else that Detectron2 builds from a config."""
+"""Train and evaluate PANet, or any other model that Detectron2 builds from a config."""
 
 import sys
 

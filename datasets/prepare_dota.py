@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Prepare the tiles of configs/DOTA from DOTA 1.0 (https://captain-whu.github.io/DOTA): a folder with
-train/ and val/, each with the PNGs of images and, in labelTxt*/, their labels.
+Prepare the tiles of configs/DOTA from DOTA 1.0 (https://captain-whu.github.io/DOTA). The input is a
+folder with train/ and val/. Each has the PNGs of images and, in labelTxt*/, their labels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLASSES = (
     *("ground-track-field", "harbor", "bridge", "large-vehicle", "small-vehicle", "helicopter"),
     *("roundabout", "soccer-ball-field", "swimming-pool"),
 )
-# As in DOTA's development kit: an object of which a tile has less is not one to be found there.
+# As in DOTA's development kit: a tile with a smaller share of an object need not find the object.
 _VISIBLE_SHARE = 0.7
 _HEADER = ("imagesource:", "gsd:")
 
@@ -46,25 +46,27 @@ def prepare_dota(
     source: str, root: str, size: int = 1024, overlap: int = 200
 ) -> Dict[str, Tuple[int, int]]:
     """
-    Write DOTA's training and validation sets as the tiles ``dota_train`` and ``dota_val``, with the
-    upright boxes around the objects, and ``dota_oriented_train`` and ``dota_oriented_val``, with
-    the oriented ones.
+    Write DOTA's training and validation sets as tiles. The datasets ``dota_train`` and ``dota_val``
+    have upright boxes around the objects. The datasets ``dota_oriented_train`` and
+    ``dota_oriented_val`` have oriented boxes.
 
-    An object of which less than 0.7 is in a tile is a crowd there, and so is a difficult object of
-    the validation set: the evaluation ignores both. Detectron2's evaluation of oriented boxes
-    cannot; there the former are left out, and the latter are objects like all others.
+    With upright boxes, an object of which less than 0.7 is in a tile is a crowd. A difficult object
+    of the validation set is a crowd, too. The evaluation ignores crowds. Detectron2's evaluation of
+    oriented boxes has no crowds. With oriented boxes, cut objects are left out, and difficult
+    objects are normal objects.
 
     Args:
         source (str): the folder with ``train`` and ``val``.
-        root (str): the folder that ``DETECTRON2_DATASETS`` names; ``dota`` is made in it.
-        size, overlap (int): side of a tile and what neighbours share, in pixels.
+        root (str): the folder that ``DETECTRON2_DATASETS`` names; the new folder ``dota`` is
+            in it.
+        size, overlap (int): side of a tile, and overlap of neighbouring tiles, in pixels.
 
     Returns:
         dict[str, tuple[int, int]]: tiles and objects of each dataset; crowds are not counted.
 
     Raises:
-        DataError: if the source is not what it should be; the message names the file.
-        FileExistsError: if ``dota`` is there already.
+        DataError: if a file is missing or wrong; the message names the file.
+        FileExistsError: if ``dota`` already exists.
     """
     counts = {}
     with written_whole(os.path.join(root, "dota")) as target:
@@ -90,7 +92,7 @@ def prepare_dota(
 
 
 def _index(folder: str) -> Dict[str, Tuple[str, str]]:
-    """The PNG and the labels of each image."""
+    """Return the PNG and the label file of each image."""
     images = files_by_image(folder, ".png")
     labels = files_by_image(folder, ".txt", "labelTxt")
     if not images:
@@ -129,7 +131,7 @@ def _read_labels(path: str) -> Iterator[_Object]:
 def _add(
     item: _Object, window: Window, upright: CocoWriter, oriented: CocoWriter, evaluated: bool
 ) -> None:
-    """Add what a tile has of an object."""
+    """Add the part of an object that is in a tile."""
     corners = item.corners - window[:2]
     visible = _clip(corners, window[2] - window[0], window[3] - window[1])
     whole_area, area = _area(corners), _area(visible)
@@ -150,7 +152,7 @@ def _add(
 
 
 def _clip(polygon: np.ndarray, width: float, height: float) -> np.ndarray:
-    """The part of a polygon, (N, 2), that is inside of a tile (Sutherland and Hodgman)."""
+    """Return the part of a polygon (N, 2) inside a tile, by Sutherland and Hodgman."""
     for axis, sign, limit in ((0, -1, 0), (0, 1, width), (1, -1, 0), (1, 1, height)):
         depth = limit - sign * polygon[:, axis]
         points = []
@@ -171,7 +173,7 @@ def _area(polygon: np.ndarray) -> float:
 
 def oriented_box(corners: np.ndarray) -> List[float]:
     """
-    Find the smallest rectangle around four points that has a side in common with them.
+    Find the smallest rectangle around a quadrilateral that has a side parallel to one of its sides.
 
     Args:
         corners (ndarray): shape (4, 2), in order.

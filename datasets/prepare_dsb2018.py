@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Prepare the nuclei of configs/DSB2018: download stage1_train.zip of BBBC038v1 from
-https://bbbc.broadinstitute.org/BBBC038 (CC0), and name it here.
+Prepare the nuclei of configs/DSB2018. Download stage1_train.zip of BBBC038v1 (CC0) from
+https://bbbc.broadinstitute.org/BBBC038, and give the file to this tool.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from panet_d2 import cli
 from panet_d2.data.tiles import written_whole
 from panet_d2.errors import DataError
 
-# One image in nine validates; which ones follows from their names alone.
+# One image in nine is for validation, chosen by the image's name alone.
 _VALIDATION_SHARE = 9
 # What Pillow raises for broken images, and zipfile for damaged ones.
 _UNREADABLE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
@@ -39,14 +39,15 @@ def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
     Args:
         source (str): ``stage1_train.zip``, or the folder that it was unpacked into. For each image
             it has ``<image>/images/<image>.png``, and in ``<image>/masks/`` a PNG for each nucleus.
-        root (str): the folder that ``DETECTRON2_DATASETS`` names; ``dsb2018`` is made in it.
+        root (str): the folder that ``DETECTRON2_DATASETS`` names; the new folder ``dsb2018``
+            is in it.
 
     Returns:
         dict[str, tuple[int, int]]: images and nuclei of "train" and "val".
 
     Raises:
-        DataError: if the source is not what it should be; the message names the file.
-        FileExistsError: if ``dsb2018`` is there already.
+        DataError: if a file is missing or wrong; the message names the file.
+        FileExistsError: if ``dsb2018`` already exists.
     """
     contents = {split: _content() for split in ("train", "val")}
     with written_whole(os.path.join(root, "dsb2018")) as unfinished:
@@ -73,7 +74,7 @@ def _content() -> dict:
 
 
 def _index(source: str):
-    """The PNGs of each image, the picture itself first, and a function that reads one of them."""
+    """Return each image's PNGs, its picture first, and a function that reads a PNG."""
     if os.path.isdir(source):
         names = [
             os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
@@ -113,7 +114,7 @@ def _index(source: str):
 def _add(content: dict, index: int, name: str, files: List[str], read, folder: str) -> None:
     picture, *masks = files
     try:
-        image = read(picture).convert("RGB")  # they have an alpha channel that is opaque
+        image = read(picture).convert("RGB")  # the pictures have an opaque alpha channel
     except _UNREADABLE as e:
         raise DataError(f"cannot read {picture}: {e}") from e
     image.save(os.path.join(folder, f"{name}.png"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Prepare the tiles of configs/iSAID from iSAID (https://captain-whu.github.io/iSAID): a folder with
-train/ and val/, each with DOTA's images and iSAID's Instance_masks and Semantic_masks.
+Prepare the tiles of configs/iSAID from iSAID (https://captain-whu.github.io/iSAID). The input is a
+folder with train/ and val/. Each has DOTA's images and iSAID's Instance_masks and Semantic_masks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from panet_d2.data.tiles import (
 )
 from panet_d2.errors import DataError
 
-# By their color in Semantic_masks; in the order of the category ids of iSAID's JSON files.
+# By color in Semantic_masks, in the order of the category ids of iSAID's JSON files.
 CLASSES = {
     (0, 0, 63): "ship",
     (0, 63, 63): "storage_tank",
@@ -52,22 +52,23 @@ def prepare_isaid(
 ) -> Dict[str, Tuple[int, int]]:
     """
     Write iSAID's training and validation sets as the tiles ``isaid_train`` and ``isaid_val``. As in
-    iSAID's development kit, the masks are those of the PNGs, whose polygons in the JSON files have
-    no holes, and what a tile has of an object is an object.
+    iSAID's development kit, the masks are those of the PNGs, because the polygons in the JSON files
+    have no holes. Every part of an object in a tile is an object.
 
     Args:
         source (str): the folder with ``train`` and ``val``. In each, ``<image>.png``,
             ``<image>_instance_id_RGB.png`` and ``<image>_instance_color_RGB.png`` may be in any
             subfolder.
-        root (str): the folder that ``DETECTRON2_DATASETS`` names; ``isaid`` is made in it.
-        size, overlap (int): side of a tile and what neighbours share, in pixels.
+        root (str): the folder that ``DETECTRON2_DATASETS`` names; the new folder ``isaid`` is
+            in it.
+        size, overlap (int): side of a tile, and overlap of neighbouring tiles, in pixels.
 
     Returns:
         dict[str, tuple[int, int]]: tiles and objects of "isaid_train" and "isaid_val".
 
     Raises:
-        DataError: if the source is not what it should be; the message names the file.
-        FileExistsError: if ``isaid`` is there already.
+        DataError: if a file is missing or wrong; the message names the file.
+        FileExistsError: if ``isaid`` already exists.
     """
     counts = {}
     with written_whole(os.path.join(root, "isaid")) as target:
@@ -95,7 +96,7 @@ def prepare_isaid(
 
 
 def _index(folder: str) -> Dict[str, Dict[str, str]]:
-    """The files of each image, by kind."""
+    """Return the files of each image, by kind."""
     found = {kind: files_by_image(folder, suffix) for kind, suffix in _FILES.items()}
     if not found["image"]:
         raise DataError(f"{folder} has no images/<image>.png in it.")
@@ -107,7 +108,7 @@ def _index(folder: str) -> Dict[str, Dict[str, str]]:
 
 
 def _codes(picture: Image.Image) -> np.ndarray:
-    """One number for each pixel's color; 0 is black, the background."""
+    """Return one number for each pixel's color; 0 is black, the background."""
     return np.asarray(picture, dtype=np.int64) @ (65536, 256, 1)
 
 
@@ -123,7 +124,7 @@ def _add_objects(
     for code in np.unique(ids[ids > 0]):
         mask = ids == code
         colors, counts = np.unique(classes[mask & (classes > 0)], return_counts=True)
-        if not len(colors):  # iSAID's "unlabeled", which is no class
+        if not len(colors):  # iSAID's "unlabeled", which is not a class
             continue
         color = int(colors[counts.argmax()])
         if color not in _CATEGORY_IDS:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """
-Run a trained model on images, a video or a webcam, and show or save what it finds.
+Run a trained model on images, a video or a webcam, and show or save the predictions.
 
     python demo/demo.py --config-file X.yaml --input a.jpg folder 'more/*.png' --output pictures \\
         --json results.json --opts MODEL.WEIGHTS model_final.pth
 
-Exit status: 0 if all went well, 1 if an input could not be used or nothing could be done.
+Exit status: 0 on success, 1 if an input could not be used or nothing could be done.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from panet_d2.engine import Predictor, setup_config
 from panet_d2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import cv2  # imported where it is used, because a server may not have it
+    import cv2  # imported where it is used, because a server may lack OpenCV
 
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
-# Codecs for each kind of video, best first: which of them work depends on the build of OpenCV.
+# Codecs for each kind of video, best first. The build of OpenCV decides which codecs work.
 VIDEOS = {".mp4": ("mp4v", "avc1"), ".avi": ("MJPG", "XVID"), ".mkv": ("mp4v", "MJPG")}
 WINDOW, NO_KEY, QUIT_KEYS = "panet_d2", 255, (27, ord("q"))  # 27 is Esc
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Understand a command line; arguments and errors are those of :func:`main`."""
+    """Parse a command line; see :func:`main` for arguments and errors."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -68,14 +68,14 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 def say(message: str) -> None:
-    """Print one line to stderr, without tearing the progress bar apart."""
+    """Print one line to stderr without breaking the progress bar."""
     tqdm.write(" ".join(message.split()), file=sys.stderr)
 
 
 def drawable(names: Sequence[str], numbers: Sequence[int]) -> List[str]:
     """
-    Let matplotlib use an installed font that has the letters of these names. Return the names,
-    but, and say so, a number instead of each name whose letters the font lacks.
+    Choose an installed font with the letters of these names for matplotlib, and return the names.
+    If the font lacks letters of a name, return the name's number instead, and print a message.
     """
 
     def lacking(path: str) -> List[str]:
@@ -85,7 +85,7 @@ def drawable(names: Sequence[str], numbers: Sequence[int]) -> List[str]:
             return list(names)
         return [name for name in names if not set(map(ord, f"{name}0%")) <= letters]
 
-    # Detectron2 draws with this family, of which matplotlib takes the first font that is there.
+    # Detectron2 draws with this family. Matplotlib takes its first installed font.
     path = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
     lost = lacking(path)
     for path in sorted(font_manager.findSystemFonts()) if lost else ():
@@ -104,10 +104,10 @@ def drawable(names: Sequence[str], numbers: Sequence[int]) -> List[str]:
 
 
 class Model:
-    """A model with what it takes to draw and to write down its output."""
+    """A model with the class names and ids to draw and save its output."""
 
     def __init__(self, args: argparse.Namespace):
-        """Build it; raises what setup_config and Predictor of panet_d2.engine raise."""
+        """Build the model; raise the errors of panet_d2.engine.setup_config and Predictor."""
         cfg = setup_config(args.config_file, args.opts, needed=())
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
@@ -139,11 +139,11 @@ class Model:
         if args.video_input or args.webcam is not None:
             from detectron2.utils.video_visualizer import VideoVisualizer  # imports cv2
 
-            # From frame to frame, an object keeps its color.
+            # An object keeps its color from frame to frame.
             self.video = VideoVisualizer(self.metadata)
 
     def predict(self, image: np.ndarray) -> Dict[str, Any]:
-        """Return the model's output for a BGR image, without what scores lower."""
+        """Return the model's output for a BGR image, without instances below the threshold."""
         outputs = self.predictor(image)
         if "instances" in outputs:  # Soft-NMS, voting and fusion lower scores after the threshold
             found = outputs["instances"]
@@ -166,7 +166,7 @@ class Model:
         return np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
 
     def results(self, outputs: Dict[str, Any], image_id: Any, file_name: str) -> List[dict]:
-        """Return the detections as ``--json`` has them. This may move the keypoints of outputs."""
+        """Return the detections in the form of ``--json``; may move the keypoints of outputs."""
         found = outputs["instances"].to("cpu")
         results = instances_to_coco_json(found, image_id)
         if isinstance(found.pred_boxes, RotatedBoxes):  # Detectron2 takes them for corners
@@ -181,7 +181,7 @@ class Model:
 
 
 def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Return the images of these paths, and the paths that have none; DataError if none has."""
+    """Return the images at these paths, and the paths without any; DataError if no images."""
     images: Dict[str, str] = {}
     empty = []
     for path in map(os.path.expanduser, given):
@@ -199,7 +199,7 @@ def find_images(given: Sequence[str]) -> Tuple[List[str], List[str]]:
 
 
 def read_images(paths: Sequence[str], failed: List[str]) -> Iterator[Tuple[str, str, np.ndarray]]:
-    """Yield (image_id, file name, BGR image), and add what cannot be read to ``failed``."""
+    """Yield (image_id, file name, BGR image), and add unreadable files to ``failed``."""
     for path in paths:
         try:
             image = read_image_file(path)
@@ -221,7 +221,7 @@ def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Tuple[int, str
 
 
 def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
-    """Begin a video of pictures of this size; raise DataError if no codec can."""
+    """Open a video file for pictures of this size; raise DataError if no codec works."""
     import cv2
 
     codecs = VIDEOS[Path(file).suffix.lower()]
@@ -234,8 +234,9 @@ def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
 
 def output_files(names: Sequence[str], output: str, endings: Sequence[str]) -> Dict[str, str]:
     """
-    Return the output file of each of ``names``: ``output`` or a file in it. It has one of these
-    endings, by default the first. Raise DataError if not each can have one of its own.
+    Return the output file of each of ``names``: ``output``, or a file in this folder. Each file has
+    one of ``endings``, by default the first. Raise DataError if the names cannot have different
+    files.
     """
     if os.path.isdir(output) or output.endswith(("/", os.sep)) or not Path(output).suffix:
         files = [os.path.join(output, os.path.basename(name)) for name in names]
@@ -251,7 +252,7 @@ def output_files(names: Sequence[str], output: str, endings: Sequence[str]) -> D
 
 
 def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
-    """Make the folders of these files; raise DataError if that would overwrite one to keep."""
+    """Make the folders of these files; raise DataError if a file is a folder or in ``keep``."""
     kept = {os.path.realpath(path) for path in keep}
     for file in files:
         if os.path.isdir(file) or os.path.realpath(file) in kept:
@@ -261,7 +262,7 @@ def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
 
 def check_display() -> None:
     """Raise DataError if no window can be opened."""
-    # Tried in another process, because Qt, which OpenCV may use, ends a process that it fails in.
+    # Tried in another process, because OpenCV may use Qt, and Qt ends the process if it fails.
     code = "import cv2; cv2.namedWindow('w'); cv2.destroyAllWindows()"
     try:
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
@@ -270,7 +271,7 @@ def check_display() -> None:
 
 
 def show(picture: np.ndarray, delay: int) -> bool:
-    """Show a BGR picture for some ms, 0 for until a key is pressed; return whether to go on."""
+    """Show a BGR picture for ``delay`` ms, or until a key if 0; return whether to go on."""
     import cv2
 
     cv2.imshow(WINDOW, picture)
@@ -283,7 +284,7 @@ def show(picture: np.ndarray, delay: int) -> bool:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Do what the command line says; return the exit code, or raise what :func:`main` reports."""
+    """Run the demo and return the exit code; raise the errors that :func:`main` reports."""
     failed: List[str] = []
     if args.input:
         names, failed = find_images(args.input)
@@ -298,7 +299,7 @@ def predict(args: argparse.Namespace) -> int:
         items, endings = read_frames(capture, names[0]), tuple(VIDEOS)
         total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # webcams have none
         fps = capture.get(cv2.CAP_PROP_FPS)
-        fps = fps if 0 < fps < 1000 else 30.0  # a wrong one keeps the writer from opening
+        fps = fps if 0 < fps < 1000 else 30.0  # with a wrong one the writer does not open
     given = len(names) + len(failed)
     files = output_files(names, args.output, endings) if args.output else {}
     to_write = [*files.values(), *filter(None, [args.json])]
@@ -312,7 +313,7 @@ def predict(args: argparse.Namespace) -> int:
             try:
                 outputs = model.predict(image)
             except DataError as e:
-                if not args.input:  # the next frame is no better
+                if not args.input:  # later frames are no better
                     raise
                 say(f"cannot use image {name}: {e}")
                 failed.append(name)
@@ -326,7 +327,7 @@ def predict(args: argparse.Namespace) -> int:
                 writer.write(picture)
             elif not args.json and not show(model.draw(image, outputs), 0 if args.input else 1):
                 break
-            if args.json:  # after the drawing, for the keypoints
+            if args.json:  # after drawing: results() may move keypoints
                 results += model.results(outputs, image_id, name)
     except KeyboardInterrupt:
         if args.webcam is None:

@@ -1,7 +1,7 @@
 """
-Every private name of Detectron2 that this package uses, each behind a public one.
+Public names for all private names of Detectron2 that this package uses.
 
-All were seen in Detectron2 0.6: its main branch of August 2024 and of June 2026.
+All of them exist in Detectron2 0.6, in its main branch of August 2024 and of June 2026.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-# What get_cfg() returns copies of.
+# The defaults that get_cfg() copies.
 from detectron2.config.defaults import _C as default_config  # noqa: F401
 from detectron2.data import DatasetMapper
 
-# The arguments that build_detection_train_loader takes from a config. The public function goes on
-# to build the loader, but sampler and dataset must be replaced before.
+# Returns the arguments of build_detection_train_loader for a config. The public function also
+# builds the loader, but sampler and dataset must be replaced before that.
 from detectron2.data.build import _train_loader_from_config as train_loader_from_config  # noqa: F401
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
@@ -36,7 +36,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 
-# For type checkers, the mixins below derive from what they are mixed into.
+# For type checkers, each mixin below derives from the class that it extends.
 if TYPE_CHECKING:
     from detectron2.engine import SimpleTrainer as _Loop
     from detectron2.modeling import StandardROIHeads as _ROIHeads
@@ -54,12 +54,12 @@ def compiled_ops_error() -> str:
 
 
 def restart_precise_bn(hook: hooks.PreciseBN) -> None:
-    """Let the hook begin with its loader's first batch again: it keeps its iterator for good."""
+    """Make the hook start at its loader's first batch again. Detectron2 keeps the iterator."""
     hook._data_iter = None
 
 
 class LoadHooks(DetectionCheckpointer):
-    """A checkpointer whose steps of loading can be overridden: only these raise and report."""
+    """A checkpointer whose loading steps can be overridden. Only these steps raise and report."""
 
     path_manager: Any
 
@@ -101,7 +101,7 @@ class AnnotationHook(DatasetMapper):
 
 
 class LossHook(_Loop):
-    """For Detectron2's training loops: sees each process's losses; the public method only means."""
+    """A mixin for training loops that sees the losses of each process, not only their mean."""
 
     def check_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
         """Called with the losses of each step, on the CPU, before processes average them."""
@@ -109,14 +109,14 @@ class LossHook(_Loop):
     def _write_metrics(
         self, loss_dict: Mapping[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any
     ) -> None:
-        # The parent copies them too; it finds them here already, and the GPU is asked once.
+        # The parent copies the losses to the CPU, too. With these copies, the GPU waits only once.
         losses = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
         self.check_losses(losses)
         super()._write_metrics(losses, data_time, *args, **kwargs)
 
 
 class TrainingLoop(DefaultTrainer):
-    """A :class:`DefaultTrainer` whose inner training loop, with loader and model, has a name."""
+    """A :class:`DefaultTrainer` with a public name for its inner loop (loader and model)."""
 
     @property
     def loop(self) -> SimpleTrainer:
@@ -129,8 +129,9 @@ class TrainingLoop(DefaultTrainer):
 
 class HeadHooks(_ROIHeads):
     """
-    ROI heads whose three ``_init_*_head``, the place to replace a pooler, are one method, and whose
-    step from proposals to boxes can be overridden.
+    A mixin for ROI heads with two methods to override: :meth:`init_head` for the three
+    ``_init_*_head``, which can replace a pooler, and :meth:`forward_box` for the step from
+    proposals to boxes.
     """
 
     @classmethod
@@ -174,7 +175,7 @@ class HeadHooks(_ROIHeads):
         return self.forward_box(features, proposals, *targets)
 
     def without_hooks(self) -> _ROIHeads:
-        """Return a copy without :meth:`forward_box`: TorchScript cannot compile ``super()``."""
+        """Return a copy without :meth:`forward_box`. TorchScript cannot compile ``super()``."""
         stock = {"_forward_box": super(HeadHooks, type(self))._forward_box}
         ret = copy.copy(self)
         ret.__class__ = type(type(self).__name__, (type(self),), stock)
@@ -191,17 +192,17 @@ class TTAHooks(GeneralizedRCNNWithTTA):
     def batch_inference(
         self, inputs: List[dict], instances: Optional[List[Instances]] = None
     ) -> List[Instances]:
-        """Run the model on some views, without postprocessing; on given boxes if there are."""
+        """Run the model on views without postprocessing, on the boxes of ``instances`` if given."""
         return super()._batch_inference(inputs, instances)
 
     def into_views(
         self, inputs: List[dict], found: Instances, transforms: List[TransformList]
     ) -> List[Instances]:
-        """Return the detections with the boxes that they have in each view."""
+        """Return the detections of the image with their boxes in pixels of each view."""
         return super()._rescale_detected_boxes(inputs, found, transforms)
 
     def without_heads(self, switches: List[str]) -> ContextManager[None]:
-        """Turn heads off by the names of their switches in the model's ROI heads."""
+        """Turn off heads by the names of their switches in the ROI heads, such as "mask_on"."""
         return super()._turn_off_roi_heads(switches)
 
     def _inference_one_image(self, input: dict) -> dict:

@@ -29,7 +29,7 @@ def as_categories(value: Any) -> Optional[Categories]:
 
 def read_categories(cfg: CfgNode) -> Categories:
     """Return ``DATASETS.CATEGORIES``; raise a ConfigError if it is not a list of (id, name)."""
-    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs do not have it
+    value = cfg.DATASETS.get("CATEGORIES", ())  # Detectron2's own configs lack this key
     categories = as_categories(value)
     if categories is None:
         found = f"is {value!r}"
@@ -49,7 +49,7 @@ def dataset_categories(name: str) -> Categories:
     metadata = MetadataCatalog.get(name)
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
     ids = {number: _as_int(category_id) for category_id, number in numbers.items()}
-    # Detectron2 keeps no ids of LVIS's categories, which count from one.
+    # Detectron2 keeps no ids of LVIS's categories. The ids count from 1.
     first = 1 if metadata.get("evaluator_type") == "lvis" else 0
     names = metadata.get("thing_classes", [])
     categories: List[Any] = [[ids.get(i, i + first), str(name)] for i, name in enumerate(names)]
@@ -95,12 +95,13 @@ def resolve_categories(cfg: CfgNode) -> None:
 
 def name_datasets(cfg: CfgNode, num_classes: Optional[int] = None) -> None:
     """
-    Give the metadata of the datasets in ``DATASETS.TEST`` and ``TRAIN`` the names and ids of
-    ``DATASETS.CATEGORIES``, except where the dataset is registered or has names.
+    Copy the names and ids of ``DATASETS.CATEGORIES`` to the metadata of the datasets in
+    ``DATASETS.TEST`` and ``TRAIN``. Datasets that are registered or have names are skipped.
 
     Args:
         cfg (CfgNode): any Detectron2 config.
-        num_classes (int or None): of the model. If the key has another number, there are no names.
+        num_classes (int or None): the model's number of classes. If ``DATASETS.CATEGORIES`` has
+            another number, no names are copied.
 
     Raises:
         ConfigError: if the key is not a list of (id, name).
@@ -124,14 +125,15 @@ def forget_names(names: Iterable[str]) -> None:
     """Drop the metadata of these datasets that :func:`name_datasets` took from a config."""
     for name in _from_config.intersection(names):
         _from_config.remove(name)
-        if name not in DatasetCatalog:  # it may have been registered since
+        if name not in DatasetCatalog:  # the dataset may have been registered since
             MetadataCatalog.pop(name, None)
 
 
 def model_metadata(cfg: CfgNode) -> Metadata:
     """
-    Return the metadata for a model's output, after :func:`resolve_categories`: that of the first
-    dataset of ``DATASETS.TEST`` and ``TRAIN`` that has names, else ``DATASETS.CATEGORIES``.
+    Return the metadata for a model's output. Call :func:`resolve_categories` first. The class names
+    are those of the first dataset of ``DATASETS.TEST`` and ``TRAIN`` that has names, else those of
+    ``DATASETS.CATEGORIES``.
     """
     known = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)]
     first = next((metadata for metadata in known if metadata.get("thing_classes")), None)

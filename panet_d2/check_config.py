@@ -1,6 +1,7 @@
 """
-Check config values before anything is built from them. Detectron2 checks the type of most values,
-and its builders some of the rest; others fail hours later, or do something else than they say.
+Check config values before anything is built. Detectron2 checks the type of most values, and its
+builders check some of the rest. Other wrong values fail hours later, or have another effect than
+their key says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from .config import add_panet_config
 from .errors import ConfigError
 
-# Channels of an image, by INPUT.FORMAT: Detectron2's, and the modes of Pillow that make sense here.
+# Number of channels for each INPUT.FORMAT: Detectron2's formats, and useful modes of Pillow.
 CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "HSV": 3, "LAB": 3, "YCbCr": 3}
 CHANNELS.update({"L": 1, "RGBA": 4, "CMYK": 4})
 
@@ -23,7 +24,7 @@ _INTEGERS = 2**31  # NumPy's generators take no larger seed, and no array has as
 
 
 class Rule(NamedTuple):
-    """What a value must be, as a function and in words: "must be …"."""
+    """A condition on a value: as a function, and as the words after "must be"."""
 
     accepts: Callable[[Any], bool]
     text: str
@@ -35,7 +36,7 @@ def _number(low: float, high: float = math.inf, whole: bool = False) -> Rule:
         high = _INTEGERS
     bounds = f"from {low:g} to {high:g}" if high < _INTEGERS else f"at least {low:g}"
     return Rule(
-        # NaN is not in any interval, and infinity in none.
+        # Rejects NaN and infinity, too.
         lambda v: type(v) in kinds and low <= v <= high and abs(v) < math.inf,
         f"a {'whole ' if whole else ''}number, {bounds}",
     )
@@ -76,7 +77,7 @@ _POSITIVE = Rule(lambda v: type(v) in (int, float) and 0 < v < math.inf, "a numb
 _SHARE = _number(0, 1)
 _SIZE = _whole(1)
 _COUNT = _whole(0)
-# More than anybody builds. A slip of the keyboard would take all memory before it fails.
+# Above the size of any real model. A mistyped number would take all memory before training fails.
 _LAYERS = _whole(0, 200)
 _WIDTH = _whole(1, 100_000)
 _GRID = _whole(1, 1000)
@@ -97,8 +98,8 @@ _EXPECTED = Rule(
     "(task, metric, value, tolerance), such as ['segm', 'AP', 35.0, 0.5]",
 )
 
-# The first pattern that matches a key decides. Names that are looked up in a registry are left to
-# Detectron2's builders, because users add their own.
+# The first pattern that matches a key decides. Detectron2's builders check the names of registered
+# classes, because users add their own classes.
 _RULES: Dict[str, Rule] = {
     "MODEL.PIXEL_MEAN": _filled(_list(_number(-math.inf))),
     "MODEL.PIXEL_STD": _filled(_list(_POSITIVE)),
@@ -218,7 +219,7 @@ def flatten(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
 
 @cache
 def _rules() -> Dict[str, Rule]:
-    """The rule of every key of Detectron2 and of this package."""
+    """Return the rule of every key of Detectron2 and of this package."""
     cfg = get_cfg()
     add_panet_config(cfg)
     rules = {}
@@ -229,7 +230,7 @@ def _rules() -> Dict[str, Rule]:
 
 
 def _like(default: Any) -> Rule:
-    """What yacs checks when it merges, except that it accepts None for a value of any type."""
+    """Return the rule that yacs applies when it merges. Unlike yacs, the rule rejects None."""
     kinds = next((k for k in ((list, tuple), (int, float)) if type(default) in k), (type(default),))
     if type(default) is int:
         kinds = (int,)
@@ -238,14 +239,14 @@ def _like(default: Any) -> Rule:
 
 def check_values(cfg: CfgNode) -> None:
     """
-    Check every value for which this can be done without building anything.
+    Check every config value that can be checked without building anything.
 
     Args:
         cfg (CfgNode): the config. Keys that neither Detectron2 nor this package has are not
             checked.
 
     Raises:
-        ConfigError: naming the key, its value and what it must be.
+        ConfigError: if a value is wrong. The message names the key, its value and what it must be.
     """
     values, rules = dict(flatten(cfg)), _rules()
     for key, value in values.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Find everything that is wrong with data sets in COCO format: in the annotations, and in the images,
-all of which are read. Ends with 0 if nothing is, 1 if something is or if it cannot be told.
+Find all errors in datasets in COCO format. The tool checks all annotations and reads all images.
+Exit status: 0 if nothing is wrong, 1 if something is wrong or the datasets cannot be checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from panet_d2.errors import ConfigError
 
 
 class Source(NamedTuple):
-    """A data set to check, and what for; the arguments of check_coco."""
+    """A dataset to check, and the other arguments of check_coco."""
 
     name: str
     json_file: str
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def sources(cfg: CfgNode) -> List[Source]:
-    """The data sets of DATASETS.TRAIN and TEST, where they are not all right too."""
+    """Return the datasets of DATASETS.TRAIN and TEST, including faulty ones."""
     listed = {name: files for name, *files in coco_entries(cfg)}
     found = []
     train, test = dataset_names(cfg, "TRAIN"), dataset_names(cfg, "TEST")
@@ -57,7 +57,7 @@ def sources(cfg: CfgNode) -> List[Source]:
                 raise ConfigError(f"DATASETS names {name!r}, which is not in COCO format.")
             files = metadata.json_file, metadata.image_root
             if not os.path.isfile(files[0]):
-                DatasetCatalog.get(name)  # a data set that is generated is made here
+                DatasetCatalog.get(name)  # makes a generated dataset
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
         found.append(
             Source(
@@ -71,7 +71,7 @@ def sources(cfg: CfgNode) -> List[Source]:
 
 
 def report(source: Source, problems: List[Problem]) -> dict:
-    """What --json writes of one data set."""
+    """Return what --json writes for one dataset."""
     severities = Counter(p.severity for p in problems)
     return {
         "name": source.name,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert other people's checkpoints into PANets, and print what became of every tensor."""
+"""Convert checkpoints of other programs to PANet, and print what became of each tensor."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """
-Show where a trained model loses objects: in proposals, boxes, masks or classes. The row before the
-proposals, "anchors", is what tools/plan_config.py predicts for them. Also print its mask AP with
-ground-truth boxes, its mask AP with the boxes of another run, and the share of dead units in its
-box head.
+Show where a trained model loses objects: in proposals, boxes, masks or classes. The first row,
+"anchors", is the recall that tools/plan_config.py predicts for the proposals. The tool also prints
+the model's mask AP with ground-truth boxes, its mask AP with the boxes of another run, and the
+share of dead units in its box head.
 """
 
 from __future__ import annotations

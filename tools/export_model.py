@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to TorchScript or ONNX, and check that it finds the same after it."""
+"""Export a trained model to TorchScript or ONNX, and check that both find the same objects."""
 
 from __future__ import annotations
 

@@ -45,14 +45,14 @@ def setup(args: argparse.Namespace) -> DictConfig:
         message = e.args[0] if isinstance(e, KeyError) else str(e).splitlines()[0]
         raise ConfigError(f"{what}: {message}") from e
     if not (args.eval_only or args.resume) and latest_checkpoint(cfg.train.output_dir):
-        # Before anything is written there.
+        # Checked before anything is written to the folder.
         raise CheckpointError(
             f"train.output_dir {cfg.train.output_dir} holds another run; continue it with "
             "--resume, or name another folder."
         )
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="panet_d2")
-    # Detectron2's common config names "cuda", whether it is there or not.
+    # Detectron2's common config always names "cuda".
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: running on the CPU.")
         cfg.train.device = "cpu"
@@ -73,7 +73,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    # Detectron2 takes it for granted that a model is on a GPU.
+    # Detectron2 assumes that a model is on a GPU.
     parallel = {"device_ids": None} if cfg.train.device == "cpu" else {}
     trainer = trainer_class(
         create_ddp_model(model, **cfg.train.ddp, **parallel),
@@ -86,7 +86,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
         StrictCheckpointer(model, trainer=trainer).load(last)
         start_iter = trainer.iter + 1
     elif cfg.train.init_checkpoint:
-        # Heads may be new, half a ResNet may not.
+        # Heads may be new, but the ResNet must match.
         StrictCheckpointer(model, required=["backbone.bottom_up."]).load(cfg.train.init_checkpoint)
 
     checkpointer = RunCheckpointer(model, cfg.train.output_dir, trainer=trainer)
@@ -99,7 +99,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
             if main_process
             else None,
             hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
-            # Last, so that it writes what the others measure.
+            # Last, so that this hook writes what the others measure.
             hooks.PeriodicWriter(
                 default_writers(cfg.train.output_dir, cfg.train.max_iter),
                 period=cfg.train.log_period,
@@ -125,7 +125,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = default_argument_parser().parse_args(argv)
-    # Not OSError, which a user's own augmentation or evaluator may raise.
+    # Not OSError, because a bug in a user's own augmentation or evaluator may raise it.
     return cli.run(launch, train_or_evaluate, args, errors=(PanetError,))
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """
-Plan a config for a dataset in COCO format: image scale, anchors, numbers of proposals and
-detections, sampling and schedule from the data, each with its reason. Writes OUTPUT, and beside it
-the measurements as JSON and a picture of objects and anchors as PNG.
+Plan a config for a dataset in COCO format. The data determines image scale, anchors, numbers of
+proposals and detections, sampling and schedule. Each value has a reason. The tool writes OUTPUT,
+and next to it the measurements as JSON and a picture of objects and anchors as PNG.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASE = f"{PREFIX}COCO-InstanceSegmentation/panet_R_50_FPN_1x.yaml"
 
 
 def given_values(args: argparse.Namespace) -> Dict[str, Tuple[Any, str]]:
-    """The values that do not follow from the data."""
+    """Return the values that do not follow from the data."""
     name = os.path.splitext(os.path.basename(args.output or "planned"))[0]
     entries = [[f"{name}_train", *map(os.path.abspath, args.train)]]
     if args.val:
@@ -157,7 +157,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 def prediction_text(plan: Plan, data: Dict[str, Fingerprint]) -> str:
-    """What tools/diagnose.py shows beside the proposals of the trained model."""
+    """Return the predicted recall, which tools/diagnose.py shows before the proposals."""
     lines = []
     for name, fingerprint in data.items():
         shares = {k: v["IoU 0.5"] for k, v in plan.prediction(fingerprint).items()}

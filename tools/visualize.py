@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw what a model predicts and how it was trained. Each command writes PNGs into a folder."""
+"""Draw a model's predictions and its training. Each command writes PNGs to a folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_png(path: str, image: np.ndarray) -> None:
 
 
 def predictions(args: argparse.Namespace) -> None:
-    """Draw the predictions of an evaluation beside the ground truth, worst images first."""
+    """Draw the predictions of an evaluation next to the ground truth, worst images first."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     name = first_test_set(cfg)
     results_file = args.results or os.path.join(inference_folder(cfg, name), RESULTS)
@@ -80,13 +80,13 @@ def predictions(args: argparse.Namespace) -> None:
 
 
 def test_images(cfg: CfgNode, count: int) -> List[dict]:
-    """Records of the first test set, evenly spread, in Detectron2's dataset format."""
+    """Return evenly spread records of the first test set, in Detectron2's dataset format."""
     records = get_detection_dataset_dicts([first_test_set(cfg)], filter_empty=False)
     return spread_evenly(records, count)
 
 
 def levels(args: argparse.Namespace) -> None:
-    """Plot from which pyramid level max fusion takes the features of a dataset."""
+    """Plot from which pyramid levels max fusion takes the features of a dataset."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     dicts = test_images(cfg, args.number)
@@ -143,7 +143,7 @@ def masks(args: argparse.Namespace) -> None:
 
 
 def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
-    """Precision by recall of a run on its first test set, or None without an evaluation."""
+    """Return precision by recall of a run on its first test set, or None if not evaluated."""
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         return None

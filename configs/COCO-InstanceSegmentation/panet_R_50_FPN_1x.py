@@ -1,4 +1,4 @@
-# The model and the schedule of panet_R_50_FPN_1x.yaml, for tools/lazyconfig_train_net.py.
+# Model and schedule of panet_R_50_FPN_1x.yaml, for tools/lazyconfig_train_net.py.
 from detectron2 import model_zoo
 
 from ..common.models.mask_panet_fpn import model

@@ -40,7 +40,7 @@ def find_config_file(path: str) -> str:
 
 
 class ConfigFile(CfgNode):
-    """Reads YAML as Detectron2 does. In addition, ``_BASE_`` may name a config of this package."""
+    """A config file, read as in Detectron2. ``_BASE_`` may also name a config of this package."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> Any:
@@ -51,7 +51,7 @@ class ConfigFile(CfgNode):
         """
         Args:
             filename (str): see :func:`find_config_file`.
-            allow_unsafe (bool): allow Python tags, as Detectron2's own RetinaNet configs have.
+            allow_unsafe (bool): allow Python tags, which Detectron2's own RetinaNet configs use.
 
         Raises:
             ConfigError: if the file is missing or empty, holds no keys, or holds a key twice.
@@ -66,7 +66,7 @@ class ConfigFile(CfgNode):
 
 
 def _refuse_duplicates(node: yaml.MappingNode, filename: str, prefix: str = "") -> None:
-    """Raise a ConfigError if a key occurs twice: YAML would ignore the first."""
+    """Raise a ConfigError if a key occurs twice. YAML would ignore the first value."""
     seen = set()
     for key, value in node.value:
         name = f"{prefix}{key.value}"

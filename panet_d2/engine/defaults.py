@@ -66,8 +66,8 @@ def setup_config(
             :func:`panet_d2.data.setup_datasets`.
 
     Returns:
-        CfgNode: not frozen. If ``MODEL.DEVICE`` is "" or not given, it is "cuda" or, without a CUDA
-        device, "cpu".
+        CfgNode: the config, not frozen. If ``MODEL.DEVICE`` is "" or not given, the device is
+        "cuda" or, without a CUDA device, "cpu".
 
     Raises:
         ConfigError: if the file, a key or a value cannot be used.
@@ -88,15 +88,15 @@ def setup_config(
 
 def check_device(cfg: CfgNode) -> None:
     """
-    Check that ``MODEL.DEVICE`` works, and that the norms work on it.
+    Check that ``MODEL.DEVICE`` works, and that the norms work on this device.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if not; the message names the key.
     """
     device = cfg.MODEL.DEVICE
     try:
         torch.zeros(1, device=device).item()
-    except Exception as e:  # torch has no type of its own for this
+    except Exception as e:  # torch has no error type for this case
         reason = first_line(e).split(". ")[0].split(" (")[0][:200]
         raise ConfigError(
             f"MODEL.DEVICE is {device!r}, which PyTorch cannot use here ({reason}); set 'cpu', or "
@@ -132,7 +132,7 @@ def load_strict(model: nn.Module, weights: str) -> Dict[str, Any]:
         weights (str): path or URL, as in ``MODEL.WEIGHTS``.
 
     Returns:
-        dict: what the checkpoint has beside the weights.
+        dict: the content of the checkpoint without the weights.
 
     Raises:
         CheckpointError: if the checkpoint does not match or cannot be read.

@@ -12,7 +12,7 @@ import detectron2.utils.comm as comm
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 
-# A shell's status for a process that SIGTERM ends, so that `train && next` stops.
+# The shell's exit status of a process ended by SIGTERM, so that `train && next` stops.
 STOPPED = 128 + signal.SIGTERM
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class StopOnSignal(HookBase):
     """
     Stop training on SIGTERM, which clusters send before they take a machine away. After the
     current step, the hook saves a checkpoint for ``--resume`` and exits with :data:`STOPPED`. With
-    several processes, it is enough that one of them gets the signal.
+    several processes, one process that gets the signal is enough.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer):

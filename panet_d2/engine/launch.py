@@ -23,17 +23,17 @@ from ..cli import FAILED, run
 from ..errors import ConfigError, PanetError
 from .hooks import STOPPED
 
-FREE_PORT = "auto"  # of --dist-url: Detectron2 takes any free port of this machine
+FREE_PORT = "auto"  # --dist-url auto: Detectron2 takes any free port of this machine
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """
-    Run ``main(args)`` in every process of the job: in the processes of torchrun, or else in
-    ``args.num_gpus`` processes on this machine that Detectron2 starts. SIGTERM is passed on to all
-    of them. Without CUDA, they run on the CPU.
+    Run ``main(args)`` in every process of the job. The processes are those of torchrun, or else
+    ``args.num_gpus`` processes that Detectron2 starts on this machine. A SIGTERM is passed on to
+    all processes. Without CUDA, the processes run on the CPU.
 
     Args:
-        main (callable): the function.
+        main (callable): the function to run.
         args (Namespace): from :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
@@ -60,7 +60,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Raise a ConfigError that names an argument, where Detectron2 or torch would fail later."""
+    """Raise a ConfigError for an argument with which Detectron2 or torch would fail later."""
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError(
             f"--num-gpus is {args.num_gpus} and --num-machines is {args.num_machines}; both must "
@@ -113,7 +113,7 @@ def _run_in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.N
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Detectron2's timeout, because the others wait while the first process checks images.
+    # Detectron2's timeout, because other processes wait while the first one checks images.
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     try:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -124,10 +124,10 @@ def _run_in_torchrun(main: Callable[[argparse.Namespace], Any], args: argparse.N
 
 
 def _run_in_child(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Print errors that the user can fix, for which the parent would print two tracebacks."""
+    """Run and print errors that the user can fix. The parent would print two tracebacks."""
 
     def child() -> None:
-        main(args)  # the result is no exit status
+        main(args)  # the result is not an exit status
 
     sys.exit(run(child, errors=(PanetError,)))
 

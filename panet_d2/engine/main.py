@@ -31,7 +31,7 @@ logger = logging.getLogger("panet_d2")
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """
-    Make the config, frozen, and set up logging, seed and output folder.
+    Make the frozen config, and set up logging, seed and output folder.
 
     Args:
         args (Namespace): from :func:`detectron2.engine.default_argument_parser`.
@@ -47,7 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _setup(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
-        args.config_file = find_config_file(args.config_file)  # default_setup logs its content
+        args.config_file = find_config_file(args.config_file)  # default_setup logs the file
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
@@ -70,7 +70,7 @@ def _setup(args: argparse.Namespace) -> CfgNode:
 
 @contextmanager
 def _replayed() -> Iterator[None]:
-    """Keep what is logged until the block has set up the log file, so that the file has it too."""
+    """Keep early log records until the block has set up the log file, then write them to it."""
     if logger.handlers:  # the file of an earlier run of this process
         yield
         return
@@ -80,7 +80,7 @@ def _replayed() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(early)
-        # The root's handlers have them already.
+        # The root logger's handlers have these records already.
         nowhere = [] if logging.root.handlers else [logging.lastResort]
         for record in early.buffer:
             for handler in filter(None, logger.handlers or nowhere):
@@ -132,7 +132,7 @@ def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or evaluate with Detectron2's arguments, by default ``sys.argv``; return the status."""
     parser = default_argument_parser()
-    # Detectron2's default is one port per user, so that a second job would fail.
+    # Detectron2's default is one port per user, with which a second job would fail.
     parser.set_defaults(dist_url=FREE_PORT)
     args = parser.parse_args(argv)
     # Not OSError, because a bug in a user's own augmentation or evaluator may raise it.

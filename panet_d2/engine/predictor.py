@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..modeling import RCNNWithTTA
 from .defaults import load_strict
 
-_COLORS = ("BGR", "RGB")  # what the parent makes of a BGR image itself
+_COLORS = ("BGR", "RGB")  # formats to which the parent converts a BGR image
 
 logger = logging.getLogger("panet_d2")
 
@@ -34,8 +34,9 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
 
     Args:
         cfg (CfgNode): the run's ``config.yaml``.
-        opts (sequence[str]): the overrides in ``cfg``. The weights are ``MODEL.WEIGHTS`` if it is
-            overridden or if ``OUTPUT_DIR`` has no ``model_final.pth``, else ``model_final.pth``.
+        opts (sequence[str]): the overrides in ``cfg``. If they set ``MODEL.WEIGHTS``, or if
+            ``OUTPUT_DIR`` has no ``model_final.pth``, the model gets ``MODEL.WEIGHTS``. Otherwise
+            the model gets ``model_final.pth``.
 
     Raises:
         CheckpointError: see :func:`load_strict`.
@@ -49,8 +50,8 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
 
 class Predictor(DefaultPredictor):
     """
-    A :class:`DefaultPredictor` that rejects weights that do not match the model, and images that it
-    would misread. With ``TEST.AUG.ENABLED`` it predicts with test-time augmentation.
+    A :class:`DefaultPredictor` that rejects weights which do not match the model, and images which
+    the parent would misread. ``TEST.AUG.ENABLED`` turns test-time augmentation on.
 
     Attributes:
         cfg (CfgNode): the config; its ``DATASETS.CATEGORIES`` has the ids and names of the classes,
@@ -70,10 +71,10 @@ class Predictor(DefaultPredictor):
         bare = cfg.clone()
         bare.defrost()
         bare.MODEL.WEIGHTS = ""
-        bare.TEST.AUG.ENABLED = False  # nothing to warn of: it is done here
+        bare.TEST.AUG.ENABLED = False  # no warning, because this class augments
         self.channels = len(cfg.MODEL.PIXEL_MEAN)
         if self.channels != 3 or bare.INPUT.FORMAT != "RGB":
-            bare.INPUT.FORMAT = "BGR"  # the parent knows no others
+            bare.INPUT.FORMAT = "BGR"  # the parent knows no other formats
         build("the model", super().__init__, bare)
         self.cfg = cfg.clone()
         self.cfg.defrost()
@@ -83,7 +84,7 @@ class Predictor(DefaultPredictor):
         self.tta = RCNNWithTTA(self.cfg, self.model) if cfg.TEST.AUG.ENABLED else None
 
     def _name_classes(self, in_checkpoint: Any) -> None:
-        """Set ``DATASETS.CATEGORIES``; if nothing else names the classes, from the checkpoint."""
+        """Set ``DATASETS.CATEGORIES``, from the checkpoint if nothing else names the classes."""
         resolve_categories(self.cfg)
         ours, theirs = read_categories(self.cfg), as_categories(in_checkpoint) or []
         if theirs and not ours:
@@ -101,14 +102,15 @@ class Predictor(DefaultPredictor):
         """
         Args:
             original_image (np.ndarray): a uint8 BGR image of shape (H, W, 3); float32 and float64
-                from 0 to 255 are possible. A model of one channel takes shapes (H, W) and
-                (H, W, 1), too. A model of other channels takes its own, of shape (H, W, C).
+                from 0 to 255 are possible. A model of one channel also takes shapes (H, W)
+                and (H, W, 1). A model of other channels takes images of shape (H, W, C) in its own
+                channels.
 
         Returns:
             dict: the model's output for the image, see :class:`DefaultPredictor`.
 
         Raises:
-            DataError: if it is anything else, has no pixels, or is too narrow to be resized.
+            DataError: if the image is anything else, has no pixels, or is too narrow to be resized.
         """
         image = self._check(original_image)
         if self.tta is not None:
@@ -125,7 +127,7 @@ class Predictor(DefaultPredictor):
 
     @torch.no_grad()
     def _augmented(self, tta: RCNNWithTTA, image: np.ndarray) -> Dict[str, Any]:
-        """Predict with the views of an image in its own size, as :meth:`Trainer.test_with_tta`."""
+        """Predict with views of the image at its own size, like :meth:`Trainer.test_with_tta`."""
         if self.input_format == "RGB":
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
@@ -145,7 +147,7 @@ class Predictor(DefaultPredictor):
                 wanted = "a uint8 BGR array of shape (H, W, 3)"
             raise DataError(f"the image is {problem}; it must be {wanted}.")
         if not self.takes_gray and self.channels != 3:
-            # Pillow, with which the parent resizes uint8, has no more than four channels.
+            # The parent resizes uint8 images with Pillow, which has at most four channels.
             if image.dtype != np.uint8 or self.channels > 4:
                 image = image.astype(np.float32)
         elif image.shape[2] == 3 and (self.takes_gray or self.cfg.INPUT.FORMAT not in _COLORS):
@@ -155,7 +157,7 @@ class Predictor(DefaultPredictor):
         return np.ascontiguousarray(image)
 
     def _problem(self, image: Any) -> str:
-        """What is wrong with an image, as "an array of …", or ""."""
+        """Return what is wrong with an image, such as "an array of …", or ""."""
         if image is None:
             return "None, which cv2.imread returns for a file that it cannot read"
         if not isinstance(image, np.ndarray):
@@ -172,12 +174,12 @@ class Predictor(DefaultPredictor):
             return found
         if image.dtype == np.uint8:
             return ""
-        if not color:  # in units of its own
+        if not color:  # in the image's own units
             return "" if image.dtype.kind in "uif" else found
         if image.dtype not in (np.float32, np.float64):
             return found
         low, high = image.min(), image.max()
-        # A model whose mean and deviation are those of 0 to 1 may get such images.
+        # Images from 0 to 1 suit a model whose mean and deviation are in this range.
         bytes_expected = max(*self.cfg.MODEL.PIXEL_MEAN, *self.cfg.MODEL.PIXEL_STD) > 1
         if not 0 <= low <= high <= 255 or (0 < high <= 1 and bytes_expected):
             return f"{found} with values from {low:g} to {high:g}, not 0 to 255"

@@ -1,4 +1,4 @@
-"""Continue a run with a config that may differ from the one it had so far."""
+"""Resume a run with a config that may differ from the run's earlier config."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def changed_keys(cfg: CfgNode) -> Dict[str, Tuple[Any, Any]]:
         cfg (CfgNode): the config to continue with.
 
     Returns:
-        dict: by key, the values of ``cfg`` and of the run's ``config.yaml`` in its ``OUTPUT_DIR``,
-        where they differ. Empty if there is no such file.
+        dict: for each key that differs, its values in ``cfg`` and in the run's ``config.yaml`` in
+        ``OUTPUT_DIR``. Empty if this file does not exist.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not PathManager.isfile(path):
@@ -31,7 +31,7 @@ def changed_keys(cfg: CfgNode) -> Dict[str, Tuple[Any, Any]]:
     with PathManager.open(path, "rb") as f:
         before = dict(flatten(yaml.safe_load(f) or {}))
     now = dict(flatten(yaml.safe_load(cfg.dump())))
-    # A key that only one of them has belongs to another version of Detectron2 or this package.
+    # A key in only one of the configs belongs to another version of Detectron2 or this package.
     return {k: (now[k], before[k]) for k in now.keys() & before.keys() if now[k] != before[k]}
 
 
@@ -58,7 +58,7 @@ def check_groups(saved: Groups, ours: Groups) -> None:
         saved, ours (list[dict]): parameter groups of the checkpoint and of the run to continue.
 
     Raises:
-        CheckpointError: naming the keys.
+        CheckpointError: if not; the message names the keys.
     """
     if [set(_FROM_CONFIG) & set(g) for g in saved[:1]] != [
         set(_FROM_CONFIG) & set(g) for g in ours[:1]
@@ -76,7 +76,7 @@ def check_groups(saved: Groups, ours: Groups) -> None:
 
 
 def settings(optimizer: torch.optim.Optimizer) -> Groups:
-    """Return what the config says about each parameter group."""
+    """Return the settings of each parameter group that come from the config."""
     return [{k: g[k] for k in _FROM_CONFIG if k in g} for g in optimizer.param_groups]
 
 
@@ -84,12 +84,12 @@ def apply_settings(
     optimizer: torch.optim.Optimizer, groups: Groups, scheduler: LRScheduler
 ) -> None:
     """
-    Put the config's settings in place of those that a checkpoint brought.
+    Replace the settings from a checkpoint by the config's settings.
 
     Args:
-        optimizer (Optimizer): with its state loaded.
-        groups (list[dict]): from :func:`settings`, before that.
-        scheduler (LRScheduler): of the optimizer, with its state loaded.
+        optimizer (Optimizer): the optimizer, with its state loaded.
+        groups (list[dict]): result of :func:`settings` before the state was loaded.
+        scheduler (LRScheduler): the optimizer's scheduler, with its state loaded.
     """
     for group, values in zip(optimizer.param_groups, groups):
         group.update(values)

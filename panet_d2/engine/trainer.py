@@ -43,14 +43,14 @@ logger = logging.getLogger("panet_d2")
 
 
 def _remember(loader: Iterable[List[dict]], current: List[dict]) -> Iterator[List[dict]]:
-    """Pass on the batches; ``current`` is always the last one."""
+    """Yield the batches of ``loader``, and keep the last batch in ``current``."""
     for batch in loader:
         current[:] = batch
         yield batch
 
 
 def _warn_of_frozen(model: nn.Module) -> None:
-    """Warn if random weights would never be trained."""
+    """Warn if random weights are frozen and would never be trained."""
     frozen = sum(not p.requires_grad for p in model.parameters())
     if frozen or any(isinstance(m, FrozenBatchNorm2d) for m in model.modules()):
         logger.warning(
@@ -87,7 +87,7 @@ class Trainer(TrainingLoop):
     With a ``SEED``, the random numbers of a step or an image depend only on the seed and on the
     number of the step or image. If the operations are deterministic, a run that was killed and
     resumed ends with exactly the weights of an uninterrupted run. SIGTERM saves the run
-    (:class:`panet_d2.engine.hooks.StopOnSignal`). A checkpoint is never written in part.
+    (:class:`panet_d2.engine.hooks.StopOnSignal`). A checkpoint file is never incomplete.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -131,7 +131,7 @@ class Trainer(TrainingLoop):
                 ret.append(StopOnSignal(self.checkpointer))
             ret.append(hook)
             if isinstance(hook, hooks.PreciseBN):
-                # PreciseBN would go on with later batches each time, unlike after a resume.
+                # Otherwise PreciseBN continues with later batches each time, unlike after a resume.
                 restart = hooks.CallbackHook(
                     after_step=lambda _, hook=hook: restart_precise_bn(hook)
                 )
@@ -201,10 +201,10 @@ class Trainer(TrainingLoop):
     def build_lr_scheduler(
         cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Detectron2's, without ``SOLVER.STEPS`` that are not reached."""
+        """Return Detectron2's scheduler without the ``SOLVER.STEPS`` that are not reached."""
         cfg, steps = cfg.clone(), cfg.SOLVER.STEPS
         cfg.defrost()
-        # Detectron2 leaves out the steps after MAX_ITER, and fails at a step that is equal.
+        # Detectron2 leaves out the steps after MAX_ITER, but fails at a step equal to MAX_ITER.
         cfg.SOLVER.STEPS = [step for step in steps if step < cfg.SOLVER.MAX_ITER]
         if len(cfg.SOLVER.STEPS) < len(steps):
             logger.warning(
@@ -216,7 +216,7 @@ class Trainer(TrainingLoop):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start: int = 0) -> Iterable[List[dict]]:
-        """See :func:`panet_d2.data.train_loader.build_train_loader`."""
+        """Return the loader of :func:`panet_d2.data.train_loader.build_train_loader`."""
         return build_train_loader(cfg, NamedImageMapper(cfg, True), start)
 
     @classmethod
@@ -249,14 +249,14 @@ class Trainer(TrainingLoop):
         model = RCNNWithTTA(cfg, model)
         whole = cfg.clone()
         whole.defrost()
-        # The views are made from the image as it is in its file, not resized twice.
+        # Make the views from the image in its file's size, so that it is not resized twice.
         whole.INPUT.MIN_SIZE_TEST = 0
         results: Dict[str, Any] = {}
         for name in cfg.DATASETS.TEST:
             loader = cls.build_test_loader(whole, name)
             folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
             evaluator = cls.build_evaluator(cfg, name, folder)
-            # In a log file, Detectron2's own lines say how far it is.
+            # In a log file, Detectron2's own lines show the progress.
             with tqdm(loader, desc=f"{name}, augmented", disable=None) as bar:
                 results[name] = inference_on_dataset(model, bar, evaluator)
             if comm.is_main_process():
@@ -267,10 +267,10 @@ class Trainer(TrainingLoop):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """
-        Load the state of a run. The config's learning rate, weight decay and so on stay.
+        Load the state of a run, but keep the config's learning rate, weight decay and so on.
 
         Raises:
-            CheckpointError: if the state is of another optimizer.
+            CheckpointError: if the state belongs to another optimizer.
         """
         loop, optimizer = state_dict["_trainer"], self.loop.optimizer
         check_groups(loop["optimizer"]["param_groups"], optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""The evaluator of a dataset."""
+"""Detectron2's evaluators, chosen by the type of the dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from PIL import Image
 
 from ..errors import ConfigError
 
-# By evaluator_type.
+# By the evaluator_type of a dataset.
 _EVALUATORS = {
     "coco": (COCOEvaluator,),
     "coco_rotated": (RotatedCOCOEvaluator,),
@@ -74,7 +74,8 @@ def detection_limit(wanted: int) -> int:
 def inference_folder(cfg: CfgNode, dataset_name: str, folder: Optional[str] = None) -> str:
     """
     Return the folder with the results of a dataset: ``folder``, by default OUTPUT_DIR/inference.
-    Several datasets in ``DATASETS.TEST`` have subfolders, because their files have the same names.
+    With several datasets in ``DATASETS.TEST``, each has a subfolder, because the file names are the
+    same.
     """
     folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
@@ -88,7 +89,7 @@ def build_evaluator(
 
     Args:
         cfg (CfgNode): ``TEST`` has the detection limit and the keypoint sigmas for COCO.
-        dataset_name (str): a registered dataset. Its ``evaluator_type`` decides.
+        dataset_name (str): a registered dataset. Its ``evaluator_type`` selects the evaluator.
         output_folder (str or None): where results are written, see :func:`inference_folder`.
 
     Raises:
@@ -117,8 +118,8 @@ def check_evaluators(cfg: CfgNode) -> None:
     Check before a run that ``DATASETS.TEST`` can be evaluated.
 
     Raises:
-        ConfigError: if an ``evaluator_type`` is unknown, a package that it needs is missing, or the
-            number of keypoints is not that of ``TEST.KEYPOINT_OKS_SIGMAS``.
+        ConfigError: if an ``evaluator_type`` is unknown, a package of an evaluator is missing, or
+            the number of keypoints is not that of ``TEST.KEYPOINT_OKS_SIGMAS``.
     """
     for name in cfg.DATASETS.TEST:
         evaluators = _EVALUATORS[_evaluator_type(name)]
@@ -150,7 +151,7 @@ def _prepare_package(evaluator: Type[DatasetEvaluator], dataset_name: str) -> No
         return
     package, command = _PACKAGES[evaluator]
     if package == "cityscapesscripts":
-        # Its modules look for the ground truth when they are imported, see
+        # The package's modules look for the ground truth when they are imported, see
         # CityscapesSemSegEvaluator.evaluate.
         root = os.path.join(MetadataCatalog.get(dataset_name).gt_dir, "..", "..")
         os.environ["CITYSCAPES_DATASET"] = os.path.abspath(root)
@@ -169,7 +170,7 @@ def _prepare_package(evaluator: Type[DatasetEvaluator], dataset_name: str) -> No
 
 
 def _numpy_with_old_names() -> ModuleType:
-    """A copy of NumPy's module with the names that it has removed, for one module of others."""
+    """Return a copy of NumPy's module that also has removed names, for another package."""
     module = ModuleType("numpy")
     vars(module).update(float=float, in1d=lambda *a, **k: np.isin(*a, **k).ravel())
     vars(module).update(vars(np))

@@ -1,4 +1,4 @@
-"""Export of trained models to TorchScript and ONNX files, which run without this package."""
+"""Export of trained models to TorchScript and ONNX files that run without this package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
 
     Args:
         cfg (CfgNode): the config.
-        formats (sequence[str]): of :data:`FORMATS`.
+        formats (sequence[str]): one or more of :data:`FORMATS`.
 
     Raises:
         ConfigError: if the model cannot be exported; the message names the key.
@@ -61,7 +61,7 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         read_choice(cfg, "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",))
     else:
-        # ONNX has no operators for rotated boxes. Precomputed proposals would be another input.
+        # ONNX has no operators for rotated boxes. Precomputed proposals would need a second input.
         read_choice(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", ("RPN",))
         branches = {"BOX": True, "MASK": cfg.MODEL.MASK_ON, "KEYPOINT": cfg.MODEL.KEYPOINT_ON}
         for branch in (b for b, on in branches.items() if on):
@@ -84,27 +84,28 @@ def export_model(
 ) -> Agreement:
     """
     Write a model to a file, and check that the file finds the same objects in some images. An
-    older file of that name is removed first. If the check fails, no file is left.
+    older file of this name is removed first. If the check fails, no file is left.
 
     The file takes one image, a float32 tensor of shape (C, H, W) for any H and W, from 0 to 255 in
-    the config's ``INPUT.FORMAT``. It normalizes and pads the image, and returns in this order, for
-    N detections (N may be 0):
+    the config's ``INPUT.FORMAT``. The file normalizes and pads the image. For N detections (N may
+    be 0), the file returns in this order:
 
-    - ``pred_boxes``, (N, 4): x0, y0, x1, y1 in pixels of that image;
+    - ``pred_boxes``, (N, 4): x0, y0, x1, y1 in pixels of the input image;
     - ``pred_classes``, (N,), int64, and ``scores``, (N,);
     - ``pred_masks``, (N, 1, S, S), if the model has masks: probabilities within the box;
     - ``pred_keypoints``, (N, K, 3), if the model has keypoints.
 
     Args:
         model (nn.Module): a GeneralizedRCNN or RetinaNet on the CPU, see :func:`check_exportable`.
-            Switched to evaluation mode.
+            The model is switched to evaluation mode.
         images (sequence[Tensor]): of shape (C, H, W), preferably of several sizes, see
             :func:`sample_images`. The model must find something in one of them.
         path (str): the file to write.
         format (str): one of :data:`FORMATS`. ONNX is run in onnxruntime.
 
     Returns:
-        Agreement: over these images and, if possible, a blank one in which the model finds nothing.
+        Agreement: for these images and, if possible, a blank image in which the model finds
+        nothing.
 
     Raises:
         ValueError: for another ``format``.
@@ -133,7 +134,7 @@ def export_model(
     # One blank image is enough. Some models find something in every image.
     expected += [pair for pair in blank if not len(pair[1]["scores"])][:1]
     agreement = Agreement()
-    with atomic_open(path, "wb") as f:  # written by its name, which is not yet path
+    with atomic_open(path, "wb") as f:  # f.name becomes path when the block ends
         with _as_export_error(f"the model cannot be exported to {format}"):
             adapter = TracingAdapter(model, example, lambda m, image: [*_detect(m, image).values()])
             write(adapter.eval(), list(outputs), f.name)
@@ -149,7 +150,7 @@ def export_model(
 
 @torch.no_grad()
 def _detect(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """The model's detections in one image, by name, in the order of _OUTPUTS."""
+    """Return the model's detections in one image, by name, in the order of _OUTPUTS."""
     inputs = [{"image": image}]
     if isinstance(model, GeneralizedRCNN):
         # Without postprocessing, which pastes the masks into the image.
@@ -161,7 +162,7 @@ def _detect(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
 
 
 def _write_torchscript(adapter: TracingAdapter, names: List[str], path: str) -> None:
-    # export_model checks more than trace does.
+    # No check_trace, because export_model checks more.
     torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False).save(path)
 
 
@@ -210,8 +211,8 @@ def _group_norm_of_nothing() -> Iterator[None]:
 
         channels = weight.type().sizes()[0]
         shape = g.op("Shape", x)
-        # PyTorch leaves one size to be inferred with -1, which is not possible for a batch of 0.
-        # A size of 0 means that of x.
+        # PyTorch's -1 for a size to infer is not possible for a batch of 0. A size of 0 means the
+        # size of x.
         height_width = g.op("Slice", shape, constant([2]), constant([4]))
         split = g.op("Concat", constant([0, groups, channels // groups]), height_width, axis_i=0)
         split = g.op("Reshape", x, split)
@@ -233,7 +234,8 @@ def _as_export_error(what: str) -> Iterator[None]:
     """Turn any error into an ExportError of one line."""
     try:
         with warnings.catch_warnings():
-            # Tracing warns wherever a value decides what is computed. The check covers these.
+            # Tracing warns wherever a value decides what is computed. export_model checks
+            # the results.
             warnings.simplefilter("ignore")
             yield
     except Exception as e:  # torch and onnxruntime raise their own

@@ -16,19 +16,19 @@ from ..data.augmentation import leaves_nothing
 from ..data.image_file import read_image_file
 from ..errors import ConfigError, DataError
 
-# How much the outputs for one detection may differ: boxes and keypoints in pixels (a keypoint's
-# score by that share of it), scores and masks as probabilities.
+# The largest allowed difference of the outputs for one detection: boxes and keypoints in pixels,
+# scores and masks as probabilities. A keypoint's score may differ by this share of the score.
 TOLERANCES = {"pred_boxes": 0.05, "scores": 1e-3, "pred_masks": 5e-3, "pred_keypoints": 0.05}
 # The share of detections that only one of the models may have, because rounding can decide whether
-# NMS keeps a box. For less than 100 detections this is none.
+# NMS keeps a box. With fewer than 100 detections, no detection may.
 MAX_UNMATCHED = 0.01
-# Sizes of the sample images, relative to the size for testing.
+# Sizes of the sample images, relative to the test size.
 _SCALES = (1.0, 0.75, 0.5)
 
 
 @dataclass
 class Agreement:
-    """How far an exported model and its original agree on the same images."""
+    """The differences between an exported model and the original on the same images."""
 
     images: int = 0
     empty_images: int = 0  # in which the original finds nothing
@@ -61,7 +61,7 @@ class Agreement:
             self.differences[name] = float(np.maximum(self.differences.get(name, 0.0), largest))
 
     def complaint(self) -> str:
-        """Return what is outside the tolerances, or ""."""
+        """Return what is outside the tolerances, or "" if nothing is."""
         complaints = []
         if self.unmatched > MAX_UNMATCHED * self.detections:
             complaints.append(
@@ -85,7 +85,7 @@ class Agreement:
 def _same_detections(
     a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the detections of ``a`` and ``b`` that have the same class and box."""
+    """Return the indices of the detections of ``a`` and ``b`` with the same class and box."""
     if not (len(a["scores"]) and len(b["scores"])):
         none = torch.zeros(0, dtype=torch.long)
         return none, none
@@ -103,12 +103,13 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
 
     Args:
         cfg (CfgNode): the model's config.
-        files (sequence[str]): image files. Empty for a sample of the first of ``DATASETS.TEST``.
+        files (sequence[str]): image files. If empty, a sample of the first dataset of
+            ``DATASETS.TEST`` is used.
         count (int): minimum number of images. Fewer files are repeated at other sizes.
 
     Returns:
         list[Tensor]: of shape (C, H, W), float32 from 0 to 255, in ``INPUT.FORMAT``. The first has
-        the size for testing, the next two are smaller.
+        the test size, the next two are smaller.
 
     Raises:
         ConfigError: if there are neither files nor a dataset, or images have other channels than
@@ -138,6 +139,6 @@ def sample_images(cfg: CfgNode, files: Sequence[str] = (), count: int = 3) -> Li
 
 
 def blank_images(mean: torch.Tensor) -> List[torch.Tensor]:
-    """Return three images (C, H, W): of the mean colour, a (C, 1, 1) tensor; black; and white."""
+    """Return three images (C, H, W): of color ``mean``, of shape (C, 1, 1); black; and white."""
     size = (len(mean), 96, 160)
     return [mean.expand(size).clone(), torch.zeros(size), torch.full(size, 255.0)]

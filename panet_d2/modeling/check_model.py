@@ -1,4 +1,4 @@
-"""What a config asks for and the model would not do, said while Detectron2 builds the model."""
+"""Check, while Detectron2 builds a model, that the model does what its config asks for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Module: Any = object
 
 logger = logging.getLogger("panet_d2")
 
-# Keys that only panet_d2.engine.Trainer reads, with the values that ask for nothing.
+# Keys that only panet_d2.engine.Trainer reads, with the values that have no effect.
 _TRAINER_KEYS = {
     "SOLVER.OPTIMIZER": "SGD",
     "INPUT.SAME_SIZE_PER_BATCH": False,
@@ -39,20 +39,20 @@ _TRAINER_KEYS = {
     "DATASETS.CHECK_IMAGES": True,
 }
 
-# Those that the model built last asks for, until its mode is set; and whether it asks for
-# test-time augmentation, which Detectron2's predictor ignores.
+# What the config of the last built model sets: keys of _TRAINER_KEYS, and TEST.AUG.ENABLED, which
+# Detectron2's predictor ignores. Both lists are cleared when the model's mode is set.
 _unread: List[str] = []
 _augmented: List[str] = []
 
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning, once in the life of this process."""
+    """Log a warning once per process."""
     logger.warning(message)
 
 
 def is_architecture(cfg: CfgNode, *bases: type) -> bool:
-    """Whether ``MODEL.META_ARCHITECTURE`` is one of these classes, or derived from one."""
+    """Return whether ``MODEL.META_ARCHITECTURE`` is one of these classes or a subclass."""
     return _is_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, *bases)
 
 
@@ -62,7 +62,7 @@ def _is_registered(registry: Registry, name: str, *bases: type) -> bool:
 
 
 def finds_oriented_boxes(cfg: CfgNode) -> bool:
-    """Whether the boxes of the config's model have an angle."""
+    """Return whether the boxes of the config's model have an angle."""
     return is_architecture(cfg, GeneralizedRCNN) and _is_registered(
         PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME, RRPN
     )
@@ -89,17 +89,17 @@ def num_classes_node(cfg: CfgNode) -> Optional[str]:
 
 def check_model(cfg: CfgNode) -> None:
     """
-    Check the config of a model that is being built, and note the keys that only
-    :class:`panet_d2.engine.Trainer` reads, see :class:`TrainingNotice`. Other programs take the
-    names of the classes from the datasets' metadata, so give it those of ``DATASETS.CATEGORIES``.
+    Check the config of a model that is being built. Note the keys that only
+    :class:`panet_d2.engine.Trainer` reads, for :class:`TrainingNotice`. Copy the class names of
+    ``DATASETS.CATEGORIES`` to the datasets' metadata, where other programs look for them.
 
     Args:
         cfg (CfgNode): any Detectron2 config.
 
     Raises:
-        ConfigError: if the number of classes is 0, ``DATASETS.CATEGORIES`` cannot be used, or the
-            model finds oriented boxes and a part of it, or this Detectron2, knows upright ones
-            only.
+        ConfigError: if the number of classes is 0 or ``DATASETS.CATEGORIES`` cannot be used. Also
+            if the model finds oriented boxes, but one of its parts, or this Detectron2, supports
+            upright boxes only.
     """
     node = num_classes_node(cfg)
     if node and cfg.MODEL[node].NUM_CLASSES == 0:
@@ -125,7 +125,7 @@ def check_model(cfg: CfgNode) -> None:
 
 
 def _check_oriented_parts(cfg: CfgNode) -> None:
-    """Raise a ConfigError if a part of a model with oriented boxes is for upright ones."""
+    """Raise a ConfigError if a part of a model with oriented boxes needs upright boxes."""
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     because = f"because MODEL.PROPOSAL_GENERATOR.NAME is {name!r} and finds oriented boxes"
     for node, registry, base, wanted in (
@@ -165,16 +165,19 @@ def _check_oriented_parts(cfg: CfgNode) -> None:
 
 
 def forget_unread_keys() -> None:
-    """For programs that read them."""
+    """Drop the noted keys: for programs that read these keys."""
     _unread.clear()
     _augmented.clear()
 
 
 class TrainingNotice(_Module):
     """
-    Warns of the keys that only :class:`panet_d2.engine.Trainer` reads, if the first mode that the
-    model is set to is training. Then another trainer has built the model. If the first mode is
-    evaluation, it is for prediction, and Detectron2's predictor ignores ``TEST.AUG``.
+    A mixin for models that warns of config keys which the running program ignores.
+
+    If the model's first mode is training, another trainer than :class:`panet_d2.engine.Trainer` has
+    built the model. The warning names the keys that only this package's trainer reads. If the first
+    mode is evaluation, the model is for prediction, and Detectron2's predictor ignores
+    ``TEST.AUG``.
     """
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -205,5 +208,5 @@ def _retinanet_from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
     return _stock_retinanet_from_config(cls, cfg, *args)
 
 
-# As with the ROI heads, nothing else of this package sees the config of a stock RetinaNet.
+# No other code of this package sees the config of a stock RetinaNet, as with stock ROI heads.
 RetinaNet.from_config = classmethod(_retinanet_from_config)

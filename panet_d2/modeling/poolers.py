@@ -32,7 +32,8 @@ from .check_model import warn_once
 ADAPTATIONS = ("conv", "fc", "none")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
 
-# Config key of the head's layer that the adaptation layer replaces. Its width is that layer's.
+# Config key for the width of the head's layer that the adaptation layer replaces. Both layers have
+# this width.
 _WIDTH_KEYS = {
     ("ROI_BOX_HEAD", "conv"): "CONV_DIM",
     ("ROI_BOX_HEAD", "fc"): "FC_DIM",
@@ -74,8 +75,10 @@ class AdaptiveROIPooler(ROIPooler):
             fusion (str): "max" (the paper's choice), "sum", "mean" or "product".
             adaptation (str): the adaptation layer of each level: "conv" (3x3, norm, ReLU), "fc"
                 (linear over the whole grid, norm, ReLU) or "none".
-            adaptation_dim (int or None): output channels of that layer; ``in_channels`` if None.
-            norm (str or callable): norm of that layer, see :func:`detectron2.layers.get_norm`.
+            adaptation_dim (int or None): output channels of the adaptation layer; by default
+                ``in_channels``.
+            norm (str or callable): norm of the adaptation layer, see
+                :func:`detectron2.layers.get_norm`.
 
         Raises:
             ValueError: if ``pooler_type``, ``fusion`` or ``adaptation`` is unknown, or the scales
@@ -101,7 +104,7 @@ class AdaptiveROIPooler(ROIPooler):
         height, width = self.output_size
         self.grid_features = in_channels * height * width
         # The weights of the levels are independent (the paper's fig. 1c).
-        # None, and not missing, so that TorchScript leaves them out.
+        # Set to None first, because TorchScript leaves out an attribute that is None.
         self.adaptation_layers: Optional[Union[LevelwiseConv2d, LevelwiseLinear]] = None
         if adaptation == "conv":
             self.adaptation_layers = LevelwiseConv2d(in_channels, dim, len(scales), norm)
@@ -120,7 +123,7 @@ class AdaptiveROIPooler(ROIPooler):
             ConfigError: if a value of the head's node, or the environment variable
                 ``PANET_D2_ROI_ALIGN``, cannot work.
         """
-        roi_align_choice()  # here, and not in the first training step
+        roi_align_choice()  # raises here, not in the first training step
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_levels(input_shape, in_features)
         node, key = cfg.MODEL[head], f"MODEL.{head}"
@@ -182,8 +185,8 @@ class AdaptiveROIPooler(ROIPooler):
             :attr:`output_shape`.
 
         Raises:
-            ValueError: if ``x`` does not have a feature map for every scale, or ``box_lists`` a
-                list for every image.
+            ValueError: if ``x`` does not have one feature map for each scale, or ``box_lists`` does
+                not have one list for each image.
         """
         if len(x) != len(self.scales):
             raise ValueError(f"expected {len(self.scales)} feature maps, got {len(x)}.")
@@ -192,7 +195,7 @@ class AdaptiveROIPooler(ROIPooler):
         if len(box_lists) == 0:
             height, width = (1, 1) if self.adaptation == "fc" else self.output_size
             return x[0].new_zeros((0, self.out_channels, height, width))
-        # Contiguous, as the stock pooler's result, because some heads view it in another shape.
+        # Contiguous, like the stock pooler's result: some heads view the result in another shape.
         if self.adaptation_layers is None:
             fused = self._pool_and_fuse(x, box_lists)
         else:
@@ -222,7 +225,7 @@ class AdaptiveROIPooler(ROIPooler):
             Tensor: shape (L, M, channels, height, width), or (L, M, channels) with "fc".
         """
         if self.adaptation == "fc":
-            # Not flatten, whose export to ONNX fails without proposals.
+            # Not flatten(), because its export to ONNX fails without proposals.
             pooled = pooled.reshape(pooled.shape[0], pooled.shape[1], self.grid_features)
         assert self.adaptation_layers is not None
         return self.adaptation_layers(pooled)
@@ -269,7 +272,7 @@ class AdaptiveROIPooler(ROIPooler):
             return self._pool(x, box_lists, self.fusion)
 
     def _pool_scripted(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
-        """As :meth:`_pool` without fusion, by the parent's poolers, which can be scripted."""
+        """Pool without fusion, with the parent's poolers, which TorchScript can compile."""
         boxes = convert_boxes_to_pooler_format(box_lists)
         pooled: List[torch.Tensor] = []
         for level, pooler in enumerate(self.level_poolers):
@@ -280,7 +283,7 @@ class AdaptiveROIPooler(ROIPooler):
         self, x: List[torch.Tensor], box_lists: List[Boxes], fuse: Optional[str]
     ) -> torch.Tensor:
         """Pool all boxes from all levels, see :func:`panet_d2.layers.multilevel_roi_align`."""
-        # Each box after the index of its image. Detectron2's function for this waits for the GPU.
+        # Rows of image index and box. Detectron2's function for this step waits for the GPU.
         boxes = torch.cat(
             [F.pad(boxes.tensor, (1, 0), value=float(i)) for i, boxes in enumerate(box_lists)]
         )
@@ -297,7 +300,7 @@ class AdaptiveROIPooler(ROIPooler):
 
 
 def _fuse_scripted(levels: torch.Tensor, fusion: str) -> torch.Tensor:
-    """As :func:`panet_d2.layers.fuse_levels`, of one tensor (L, ...)."""
+    """Fuse the levels of one tensor (L, ...), as :func:`panet_d2.layers.fuse_levels` does."""
     if fusion == "max":
         return levels.amax(0)
     if fusion == "product":
@@ -306,7 +309,7 @@ def _fuse_scripted(levels: torch.Tensor, fusion: str) -> torch.Tensor:
 
 
 def adaptive_poolers(roi_heads: nn.Module) -> Dict[str, AdaptiveROIPooler]:
-    """Return the poolers of any ROI heads that have adaptation layers, by name."""
+    """Return the poolers with adaptation layers of any ROI heads, by name."""
     return {
         name: module
         for name, module in roi_heads.named_children()

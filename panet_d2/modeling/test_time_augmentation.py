@@ -31,11 +31,11 @@ logger = logging.getLogger("panet_d2")
 
 class RCNNWithTTA(TTAHooks):
     """
-    :class:`GeneralizedRCNNWithTTA` with all views of :class:`MapperTTA`, keypoints, and boxes
-    merged by the config's NMS, Soft-NMS and voting, or by weighted boxes fusion.
+    :class:`GeneralizedRCNNWithTTA` with all views of :class:`MapperTTA` and with keypoints. Boxes
+    are merged by the config's NMS, Soft-NMS and voting, or by weighted boxes fusion.
 
-    Detectron2 pads views of different sizes to one batch. Here only views of one shape are a batch,
-    because a norm over the whole map, such as GroupNorm, sees the padding.
+    Detectron2 pads views of different sizes to one batch. Here a batch has views of one shape only,
+    because a norm over the whole feature map, such as GroupNorm, sees the padding.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RCNNWithTTA(TTAHooks):
         check_test_aug(cfg, enabled=True)
         without_keypoints = cfg.clone()
         without_keypoints.defrost()
-        without_keypoints.MODEL.KEYPOINT_ON = False  # which the parent would reject
+        without_keypoints.MODEL.KEYPOINT_ON = False  # the parent rejects True
         super().__init__(without_keypoints, model, tta_mapper or MapperTTA(cfg), batch_size)
         self.cfg.MODEL.KEYPOINT_ON = cfg.MODEL.KEYPOINT_ON
         self.suppression = Suppression.from_config(cfg)
@@ -69,7 +69,7 @@ class RCNNWithTTA(TTAHooks):
 
     @property
     def passes(self) -> int:
-        """Number of forward passes that an image takes: masks and keypoints need a second one."""
+        """Number of forward passes for an image. Masks and keypoints need a second pass."""
         again = self.cfg.MODEL.MASK_ON or self.cfg.MODEL.KEYPOINT_ON
         return len(self.tta_mapper) * (2 if again else 1)
 
@@ -81,7 +81,7 @@ class RCNNWithTTA(TTAHooks):
         with ExitStack() as stack:
             stack.enter_context(self.without_heads(["mask_on", "keypoint_on"]))
             if self.cfg.TEST.AUG.MERGE == "nms":
-                # All boxes, to be suppressed once: Soft-NMS would lower scores twice.
+                # Suppress all boxes once, below: a second Soft-NMS would lower scores twice.
                 stack.enter_context(_NoSuppression(self.model))
             outputs = self.batch_inference(views)
         found = self.merge([_to_original(o, t) for o, t in zip(outputs, transforms)], sizes, shape)
@@ -113,7 +113,7 @@ class RCNNWithTTA(TTAHooks):
         return outputs
 
     def counts(self, boxes: Boxes, min_size: int) -> torch.Tensor:
-        """Return for each box of the original image whether views of this size count, (N,)."""
+        """Return a bool tensor (N,): whether views of this size count for each original box."""
         counted = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
         if not self.cfg.TEST.AUG.BOX_SIZES:
             return counted
@@ -133,12 +133,13 @@ class RCNNWithTTA(TTAHooks):
         Merge the detections of all views.
 
         Args:
-            outputs (list[Instances]): of each view, with boxes in pixels of the original image.
-            sizes (list[int]): the one of ``TEST.AUG.MIN_SIZES`` of each view.
+            outputs (list[Instances]): detections of each view, with boxes in pixels of the original
+                image.
+            sizes (list[int]): for each view its value of ``TEST.AUG.MIN_SIZES``.
             shape (tuple[int, int]): height and width of the original image.
 
         Returns:
-            Instances: the detections, by falling score.
+            Instances: the detections, by decreasing score.
         """
         outputs = [o[self.counts(o.pred_boxes, size)] for o, size in zip(outputs, sizes)]
         for output in outputs:
@@ -169,7 +170,8 @@ class RCNNWithTTA(TTAHooks):
         found.pred_boxes = Boxes(torch.as_tensor(boxes * scale, dtype=torch.float32, device=device))
         found.scores = torch.as_tensor(scores, dtype=torch.float32, device=device)
         found.pred_classes = torch.as_tensor(classes, dtype=torch.long, device=device)
-        # Scores are lower for boxes that few views have found. Views that do not count must not.
+        # Fusion lowers the score of a box that few views found. Undo this for views that do not
+        # count for the box.
         views = sum(self.counts(found.pred_boxes, size).float() for size in sizes)
         found.scores = (found.scores * len(sizes) / views).clamp(max=1)
         order = found.scores.argsort(descending=True, stable=True)
@@ -185,7 +187,7 @@ class RCNNWithTTA(TTAHooks):
 
 
 class _NoSuppression(ExitStack):
-    """Let heads with Soft-NMS or voting return all boxes."""
+    """A context in which heads with Soft-NMS or voting return all boxes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -197,7 +199,7 @@ class _NoSuppression(ExitStack):
 
 
 def _to_original(output: Instances, transforms: TransformList) -> Instances:
-    """The detections in a view, with boxes in pixels of the original image."""
+    """Return the detections of a view with boxes in pixels of the original image."""
     boxes = output.pred_boxes.tensor
     boxes = torch.from_numpy(transforms.inverse().apply_box(boxes.cpu().numpy())).to(boxes.device)
     output.pred_boxes = Boxes(boxes)
@@ -205,7 +207,7 @@ def _to_original(output: Instances, transforms: TransformList) -> Instances:
 
 
 def _unturn(maps: torch.Tensor, transforms: TransformList) -> torch.Tensor:
-    """Turn maps (N, C, S, S) of boxes in a view to those in the original image."""
+    """Turn the maps (N, C, S, S) of boxes in a view back to the original image."""
     for transform in reversed(transforms.transforms):
         if isinstance(transform, HFlipTransform):
             maps = maps.flip(3)
@@ -217,7 +219,7 @@ def _unturn(maps: torch.Tensor, transforms: TransformList) -> torch.Tensor:
 
 
 def _mean(maps: List[torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-    """Mean over the views, for each box over those that count: bool of shape (views, N)."""
+    """Return each box's mean over the views that are ``counted``, bool of shape (views, N)."""
     stacked = torch.stack(maps)
     if counted.all():
         return stacked.mean(dim=0)
@@ -226,7 +228,7 @@ def _mean(maps: List[torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
 
 
 def _flipped_keypoints(cfg: CfgNode) -> Optional[List[int]]:
-    """The order of the keypoints in a mirrored image, from the first dataset that names them."""
+    """Return the keypoints' order in a mirrored image, from the first dataset with names."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         if metadata.get("keypoint_names") and metadata.get("keypoint_flip_map") is not None:
@@ -243,12 +245,12 @@ def check_test_aug(cfg: CfgNode, enabled: bool = False) -> None:
         enabled (bool): check even if ``TEST.AUG.ENABLED`` is False.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if the model cannot be run; the message names the key.
     """
     aug, name = cfg.TEST.AUG, cfg.MODEL.META_ARCHITECTURE
     if not (aug.ENABLED or enabled):
         return
-    # With a panoptic model, it returns only the instances, and the evaluators need the rest.
+    # For a panoptic model, only instances would be returned, and the evaluators need the rest.
     if not is_architecture(cfg, GeneralizedRCNN) or is_architecture(cfg, PanopticFPN):
         raise ConfigError(
             f"TEST.AUG.ENABLED must be False with MODEL.META_ARCHITECTURE {name}: "

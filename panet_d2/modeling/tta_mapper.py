@@ -21,7 +21,7 @@ from detectron2.modeling import DatasetMapperTTA
 from ..errors import ConfigError, DataError
 from .check_model import suppression_keys
 
-# Keys of TEST.AUG that Detectron2 does not have, with the values that ask for nothing.
+# Keys of TEST.AUG that Detectron2 does not have, with the values that have no effect.
 _OWN_KEYS = {
     "VFLIP": False,
     "ROTATIONS": (),
@@ -38,8 +38,8 @@ class Rotate90Transform(Transform):
     def __init__(self, h: int, w: int, quarter_turns: int):
         """
         Args:
-            h, w (int): size of the image before.
-            quarter_turns (int): counterclockwise, as in :func:`numpy.rot90`.
+            h, w (int): height and width of the image before the rotation, in pixels.
+            quarter_turns (int): number of turns counterclockwise, as in :func:`numpy.rot90`.
         """
         super().__init__()
         self.h, self.w, self.quarter_turns = h, w, quarter_turns % 4
@@ -60,7 +60,7 @@ class Rotate90Transform(Transform):
 
 
 class MapperTTA(DatasetMapperTTA):
-    """Makes the views of an image; see ``TEST.AUG`` in ``panet_d2/config.py``."""
+    """Make the views of an image; see ``TEST.AUG`` in ``panet_d2/config.py``."""
 
     @configurable
     def __init__(
@@ -75,14 +75,14 @@ class MapperTTA(DatasetMapperTTA):
         """
         Args:
             min_sizes, max_size, flip: see :class:`DatasetMapperTTA`.
-            vflip (bool): whether to flip vertically, too.
+            vflip (bool): also flip vertically.
             rotations (sequence[int]): degrees counterclockwise: 90, 180 or 270.
-            aspect_ratios (sequence[float]): factors of the width, beside 1.
+            aspect_ratios (sequence[float]): factors of the width, in addition to 1.
         """
         super().__init__(min_sizes, max_size, flip)
         self.aspect_ratios = list(dict.fromkeys([1.0, *map(float, aspect_ratios)]))
         # Each view is a horizontal flip or none, followed by quarter turns. A vertical flip is a
-        # horizontal one and half a turn, so many combinations are the same view.
+        # horizontal flip and a half turn, so many combinations are the same view.
         mirrors = [(0, False), *([(0, True)] if flip else []), *([(2, True)] if vflip else [])]
         if flip and vflip:
             mirrors.append((2, False))
@@ -110,8 +110,9 @@ class MapperTTA(DatasetMapperTTA):
             dataset_dict (dict): one image, the model's input.
 
         Returns:
-            list[dict]: for each view the same with another "image", its "min_size", and
-            "transforms", a :class:`TransformList` from the original image to the view.
+            list[dict]: for each view a copy of ``dataset_dict`` with the view's "image" and
+            "min_size", and "transforms", a :class:`TransformList` from the original image to the
+            view.
 
         Raises:
             DataError: if a view has no pixels.
@@ -161,5 +162,5 @@ def _mapper_from_config(cls: type, cfg: CfgNode, *args: Any) -> Dict[str, Any]:
     return _stock_mapper_from_config(cls, cfg, *args)
 
 
-# Of a stock program's test-time augmentation, nothing else of this package would see the config.
+# In a stock program with test-time augmentation, no other code of this package sees the config.
 DatasetMapperTTA.from_config = classmethod(_mapper_from_config)

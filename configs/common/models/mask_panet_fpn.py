@@ -1,5 +1,5 @@
-# Detectron2's Mask R-CNN with FPN, made a PANet as Base-PANet-FPN.yaml makes it one: bottom-up
-# path, adaptive feature pooling in front of both heads, fully-connected fusion.
+# PANet-2fc, from Detectron2's Mask R-CNN with FPN. As in Base-PANet-FPN.yaml: bottom-up path,
+# adaptive feature pooling before both heads, fully-connected fusion.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -11,7 +11,7 @@ model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 model.backbone.update(_target_=PAFPN)
 model.roi_heads.update(
     _target_=PANetROIHeads,
-    # Each adaptation layer stands for the first layer of its head, which has one less.
+    # Each adaptation layer replaces the first layer of its head, so the head has one layer less.
     box_pooler=L(AdaptiveROIPooler)(
         output_size=7,
         scales=(1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32),

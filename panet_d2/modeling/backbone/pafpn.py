@@ -31,10 +31,10 @@ class PAFPN(TrainingNotice, FPN):
         N(i+1) = relu(conv3x3(relu(conv3x3, stride 2 (N(i))) + P(i+1)))
 
     The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
-    works. FPN's parameters keep their names, so that its checkpoints load.
+    works. FPN's parameters keep their names, so that checkpoints of FPN load.
     """
 
-    # The parent's forward by another name, because TorchScript cannot compile super().forward.
+    # FPN.forward under another name, because TorchScript cannot compile super().forward.
     top_down = FunctionType(FPN.forward.__code__, FPN.forward.__globals__, "top_down")
 
     @configurable
@@ -58,11 +58,11 @@ class PAFPN(TrainingNotice, FPN):
             bottom_up, in_features, out_channels, norm, fuse_type, square_pad:
                 see :class:`detectron2.modeling.FPN`. The bottom-up path has the same width and
                 norm.
-            top_block (nn.Module or None): see :class:`detectron2.modeling.FPN`. If it reads a
-                level of the pyramid ("p5"), it reads that level's N.
-            activation (str): after each conv of the bottom-up path: "relu" (the paper) or "" for
-                none (the authors' release without a norm).
-            bottom_up_input (str): what each step reads from the level before it: "output" for
+            top_block (nn.Module or None): see :class:`detectron2.modeling.FPN`. If the
+                block reads a level of the pyramid, such as "p5", the block gets that level's N.
+            activation (str): activation after each conv of the bottom-up path: "relu" (the paper)
+                or "" for none (the authors' release without a norm).
+            bottom_up_input (str): what each step reads from the previous level: "output" for
                 N(i) (the paper), or "sum" for the input of N(i)'s 3x3 conv (mmdetection's PAFPN).
             bias_before_norm (bool): give the bottom-up convs a bias even before a norm, as in the
                 authors' release.
@@ -113,7 +113,7 @@ class PAFPN(TrainingNotice, FPN):
             ]
             for conv in pair:
                 weight_init.c2_xavier_fill(conv)
-            # Named for the level that they make, as in FPN: 3 for N3.
+            # Each name has the number of the level that the convs make, as in FPN: 3 for N3.
             self.add_module(f"pafpn_downsample{level[1:]}", pair[0])
             self.add_module(f"pafpn_output{level[1:]}", pair[1])
             self.downsample_convs.append(pair[0])
@@ -127,7 +127,7 @@ class PAFPN(TrainingNotice, FPN):
         """
         Args:
             cfg (CfgNode): a Detectron2 config with :func:`panet_d2.add_panet_config`.
-            bottom_up (Backbone): the network before the FPN.
+            bottom_up (Backbone): the network before FPN.
             top_block (nn.Module or None): makes the levels after N5.
 
         Raises:
@@ -186,8 +186,9 @@ class PAFPN(TrainingNotice, FPN):
             pyramid[level] = fusion(feature)
             if self.bottom_up_input == "output":
                 feature = pyramid[level]
-        # FPN ran the top block on P5. If the block reads the pyramid, the paper's N6 comes from N5:
-        # run it again, at a resolution that costs nothing. RetinaNet's P6 from res5 stays.
+        # FPN ran the top block on P5, but the paper's N6 comes from N5. If the block reads the
+        # pyramid, run the block again. This is cheap at N5's resolution. RetinaNet's P6 from res5
+        # stays.
         if self.top_block is not None:
             if self.top_block.in_feature in pyramid:
                 for i, extra in enumerate(self.top_block(pyramid[self.top_block.in_feature])):
@@ -208,7 +209,7 @@ class PAFPN(TrainingNotice, FPN):
 
 
 def _check_pyramid(shapes: Dict[str, ShapeSpec], in_features: List[str], name: str) -> None:
-    """Raise a ValueError that calls ``in_features`` by ``name`` if they are not a pyramid."""
+    """Raise a ValueError, with ``name`` for ``in_features``, if these are not a pyramid."""
     if any(f not in shapes for f in in_features):
         raise ValueError(
             f"{name} is {list(in_features)}, but the outputs of the bottom-up network are "

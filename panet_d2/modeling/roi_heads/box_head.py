@@ -16,8 +16,8 @@ from ...layers import Linear
 @ROI_BOX_HEAD_REGISTRY.register()
 class FastRCNNConvFCNormHead(FastRCNNConvFCHead):
     """
-    Detectron2's box head with the norm after its fully-connected layers too. The authors' release
-    has a GroupNorm after both layers of its 2fc head. The layers keep their names; the norms are
+    Detectron2's box head with a norm after its fully-connected layers, too. The authors' release
+    has a GroupNorm after both layers of its 2fc head. The layers keep their names. The norms are
     ``fc1.norm``, ….
     """
 
@@ -39,7 +39,7 @@ class FastRCNNConvFCNormHead(FastRCNNConvFCHead):
         """
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
         for k, fc in enumerate(self.fcs):
-            # The parent's activation follows in the sequence.
+            # The parent's activation follows this layer in the sequence.
             normed = Linear(fc.in_features, fc.out_features, get_norm(conv_norm, fc.out_features))
             weight_init.c2_xavier_fill(normed)
             setattr(self, f"fc{k + 1}", normed)

@@ -28,7 +28,7 @@ class FCFusionBranch(nn.Module):
     def __init__(self, input_shape: ShapeSpec, norm: str = "", relu: bool = False):
         """
         Args:
-            input_shape (ShapeSpec): channels, height and width of the features it reads.
+            input_shape (ShapeSpec): channels, height and width of the input features.
             norm (str or callable): norm of the convs, see :func:`detectron2.layers.get_norm`.
             relu (bool): add a ReLU after the linear layer.
 
@@ -46,7 +46,7 @@ class FCFusionBranch(nn.Module):
         self.conv2 = _conv(channels, channels // 2, norm)
         self.mask_size = (2 * height, 2 * width)  # as after the FCN path's deconv
         self.fc = nn.Linear((channels // 2) * height * width, 4 * height * width)
-        # As in the authors' release: small, so that the FCN path leads at first.
+        # As in the authors' release. Small weights let the FCN path dominate at first.
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.constant_(self.fc.bias, 0)
         self.relu = nn.ReLU() if relu else nn.Identity()
@@ -82,9 +82,9 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
     """
     Detectron2's mask head with fully-connected fusion. The parent's layers keep their names.
 
-    The fully-connected path leaves the FCN path before its last conv: after the third of the
-    paper's four. With adaptive feature pooling, the pooler's adaptation layer is the first of the
-    four and the head has three.
+    The fully-connected path branches off before the FCN path's last conv: after the third of the
+    paper's four convs. With adaptive feature pooling, the pooler's adaptation layer is the first of
+    the four convs, and the head has the other three.
     """
 
     @configurable
@@ -104,9 +104,9 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             input_shape, num_classes, conv_dims, conv_norm, kwargs: see
                 :class:`detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead`.
                 ``input_shape`` needs its height and width.
-            fc_fusion (bool): add the fully-connected path. Without it this is the parent.
-            fc_relu (bool): add a ReLU after its linear layer. The authors' release has it; the
-                paper does not mention it.
+            fc_fusion (bool): add the fully-connected path. If False, this head is the parent.
+            fc_relu (bool): add a ReLU after the linear layer of this path. The authors' release
+                has this ReLU. The paper does not mention one.
 
         Raises:
             ValueError: if ``fc_fusion`` is true and there is no conv before the deconv, or half of
@@ -122,7 +122,7 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
         self.num_shared = len(conv_dims) - 2  # convs that both paths go through
         self.num_fcn_layers = len(self)
         self.fc_fusion_on = fc_fusion
-        # None, and not missing, so that TorchScript leaves out the path.
+        # Set to None first, because TorchScript leaves out an attribute that is None.
         self.fc_fusion: Optional[FCFusionBranch] = None
         if not fc_fusion:
             return
@@ -133,7 +133,7 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             )
         shared_dim = conv_dims[self.num_shared - 1] if self.num_shared else input_shape.channels
         shape = ShapeSpec(channels=shared_dim, height=input_shape.height, width=input_shape.width)
-        # Last, because the parent is an nn.Sequential in the order of use.
+        # Added last, because the parent is an nn.Sequential in the order of use.
         self.fc_fusion = FCFusionBranch(shape, conv_norm, fc_relu)
 
     @classmethod
@@ -154,7 +154,7 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
             return ret
         heads = dict(ROI_HEADS_REGISTRY).get(cfg.MODEL.ROI_HEADS.NAME)
         if isinstance(heads, type) and issubclass(heads, Res5ROIHeads):
-            # They give the shape before res5, which halves the grid.
+            # Res5ROIHeads give the shape before res5, which halves the grid.
             height, width = (input_shape.height + 1) // 2, (input_shape.width + 1) // 2
             input_shape = ShapeSpec(channels=input_shape.channels, height=height, width=width)
             ret["input_shape"] = input_shape
@@ -201,7 +201,7 @@ class PANetMaskHead(TrainingNotice, MaskRCNNConvUpsampleHead):
 
     def forward_paths(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """
-        Predict with each path by itself.
+        Predict masks with each path separately.
 
         Args:
             x (Tensor): pooled features of shape (M, C, R, R).

@@ -26,9 +26,9 @@ from .suppression import SuppressionMixin
 
 class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
     """
-    Adds adaptive feature pooling to any heads derived from :class:`StandardROIHeads`, for each
-    branch whose ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's, except
-    that ``TEST.SOFT_NMS`` and ``TEST.BOX_VOTING`` can replace NMS::
+    A mixin that adds adaptive feature pooling to any heads derived from :class:`StandardROIHeads`,
+    for each branch whose ``AFP.ENABLED`` is True. Branches, losses and inference stay the parent's,
+    except that ``TEST.SOFT_NMS`` and ``TEST.BOX_VOTING`` can replace NMS. Example::
 
         @ROI_HEADS_REGISTRY.register()
         class MyAdaptiveROIHeads(AdaptivePoolingMixin, MyROIHeads):
@@ -49,8 +49,8 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         if not branch_on or not read_choice(cfg, f"MODEL.{head}.AFP.ENABLED", (True, False)):
             return super().init_head(parent, cfg, input_shape, branch)
         pooler = AdaptiveROIPooler(cfg, input_shape, head)
-        # The parent sizes the head by the width of the levels and the pooler's resolution, so give
-        # it those after the adaptation layers. Its own pooler has no parameters and is replaced.
+        # The parent sizes the head by the width of the levels and the pooler's resolution, so pass
+        # the values after the adaptation layers. The parent's pooler has no parameters.
         shape = pooler.output_shape
         head_cfg = cfg.clone()
         head_cfg.defrost()
@@ -64,7 +64,7 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         return ret
 
     def __prepare_scriptable__(self) -> ROIHeads:
-        """Called by :func:`torch.jit.script`; ExportError for heads that it cannot compile."""
+        """Return a copy for TorchScript; raise ExportError if the heads cannot be scripted."""
         stock = next((c for c in (CascadeROIHeads, RROIHeads) if isinstance(self, c)), None)
         if stock:
             raise ExportError(
@@ -80,13 +80,13 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
 class PANetROIHeads(AdaptivePoolingMixin, StandardROIHeads):
     """
     :class:`StandardROIHeads` with adaptive feature pooling (PANet, Sec. 3.2) before the box, mask
-    and keypoint branch, each by its own switch. Constructed without a config, it takes an
-    :class:`AdaptiveROIPooler` as any of its poolers.
+    and keypoint branch. Each branch has its own switch. Without a config, pass an
+    :class:`AdaptiveROIPooler` as any of the poolers.
     """
 
 
-# For TorchScript, as Detectron2 does for the parent when detectron2.export is imported. Not in the
-# class, where these annotations would be text.
+# For TorchScript. detectron2.export does the same for the parent on import. In the class body,
+# these annotations would be text.
 PANetROIHeads.__annotations__ = dict.fromkeys(("mask_on", "keypoint_on"), torch.jit.Final[bool])
 
 
@@ -94,7 +94,7 @@ PANetROIHeads.__annotations__ = dict.fromkeys(("mask_on", "keypoint_on"), torch.
 class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
     """
     :class:`CascadeROIHeads` with adaptive feature pooling before each branch. The stages share
-    the box pooler, as in the parent, and so its adaptation layers.
+    the box pooler, as in the parent, and therefore the pooler's adaptation layers.
     """
 
 
@@ -102,7 +102,7 @@ class PANetCascadeROIHeads(AdaptivePoolingMixin, CascadeROIHeads):
 class PANetRROIHeads(AdaptivePoolingMixin, RROIHeads):
     """
     :class:`RROIHeads`, which find oriented boxes, with adaptive feature pooling before the box
-    branch, the only one that they have.
+    branch. These heads have no other branch.
     """
 
 
@@ -136,6 +136,6 @@ def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
     return _stock_from_config(cls, cfg, *args)
 
 
-# All ROI heads run this method of the base class. Of stock heads in a stock backbone, built by a
-# stock trainer, nothing else of this package would see the config.
+# All ROI heads run this method of the base class. With stock heads, backbone and trainer, no other
+# code of this package sees the config.
 ROIHeads.from_config = classmethod(_from_config)

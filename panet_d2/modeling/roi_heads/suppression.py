@@ -21,11 +21,12 @@ from ..check_model import suppression_keys
 @dataclass(frozen=True)
 class Suppression:
     """
-    What makes the detections of an image from all boxes with a score above the threshold.
+    Selection of the detections of an image from all boxes with a score above the threshold.
 
     Attributes:
-        iou_threshold (float): of NMS and of linear Soft-NMS.
-        limit (int): number of detections of an image, applied before voting; negative for all.
+        iou_threshold (float): IoU threshold of NMS and of linear Soft-NMS.
+        limit (int): maximum number of detections of an image, applied before voting; negative for
+            all.
         soft_nms (str): a method of :func:`soft_nms`; "" for NMS.
         sigma, score_threshold (float): see :func:`soft_nms`.
         voting (str): a method of :func:`box_voting`; "" for no voting.
@@ -66,7 +67,7 @@ class Suppression:
             found (Instances): all boxes of an image: "pred_boxes", "scores" and "pred_classes".
 
         Returns:
-            Instances: the detections, by falling score.
+            Instances: the detections, by decreasing score.
         """
         boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
         if self.soft_nms:
@@ -108,9 +109,9 @@ class Suppression:
 
 class SuppressionMixin(HeadHooks):
     """
-    Lets ROI heads derived from :class:`StandardROIHeads` read ``TEST.SOFT_NMS`` and
-    ``TEST.BOX_VOTING``. The box predictor then returns all boxes with a score above the threshold,
-    and a :class:`Suppression`, which is its attribute ``suppression``, selects the detections.
+    A mixin for ROI heads derived from :class:`StandardROIHeads` that applies ``TEST.SOFT_NMS`` and
+    ``TEST.BOX_VOTING``. The box predictor then returns all boxes with a score above the threshold.
+    The predictor's attribute ``suppression``, a :class:`Suppression`, selects the detections.
     """
 
     box_predictor: nn.Module
@@ -150,7 +151,7 @@ class SuppressionMixin(HeadHooks):
 
 
 def last_predictor(predictor: nn.Module) -> Any:
-    """Return the box predictor that decides: the last one of a cascade."""
+    """Return the box predictor of the final detections: in a cascade, the last one."""
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
 
@@ -160,7 +161,7 @@ def set_suppression(predictor: Any, suppression: Suppression) -> None:
 
     Args:
         predictor (FastRCNNOutputLayers): the heads' predictor, or the last one of a cascade.
-        suppression (Suppression): see there.
+        suppression (Suppression): selects the detections.
     """
     predictor.suppression = suppression
     predictor.test_nms_thresh = 1.0  # no IoU is higher
