@@ -193,6 +193,7 @@ def test_group_norm_is_exported_as_before():
 
 REFUSED = {
     "panet_R_50_FPN_dconv_c3-c5_3x": "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
+    "oriented_panet_R_50_FPN": "MODEL.PROPOSAL_GENERATOR.NAME",
     "panoptic_panet_R_50_1x": "MODEL.META_ARCHITECTURE",
     "panoptic_panet_R_50_instant_test": "MODEL.META_ARCHITECTURE",
 }

@@ -51,7 +51,8 @@ def test_every_combination_of_switches(backbone, box, mask, fc_fusion):
     assert hasattr(model.backbone, "pafpn_output3") == backbone
     assert isinstance(model.roi_heads.box_pooler, AdaptiveROIPooler) == box
     assert isinstance(model.roi_heads.mask_pooler, AdaptiveROIPooler) == mask
-    assert hasattr(model.roi_heads.mask_head, "fc_fusion") == fc_fusion
+    assert model.roi_heads.mask_head.fc_fusion_on == fc_fusion
+    assert any("fc_fusion" in name for name, _ in model.named_parameters()) == fc_fusion
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
 
