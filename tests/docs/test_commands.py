@@ -40,10 +40,13 @@ ELSEWHERE = {
     "docs/programs.md": "tests/test_config.py",
     "CONTRIBUTING.md": "parts of a program",
     "DETECTRON2_ENV_MODULE=panet_d2.env python": "tests/test_config.py",
+    "python datasets/prepare_dota.py": "tests/datasets/test_prepare_dota.py",
+    "python datasets/prepare_isaid.py": "tests/datasets/test_prepare_isaid.py",
 }
 
 # What makes a command short, in this order. The flags stay.
 SHORTER = [
+    (r"TEST.AUG.ENABLED True", "TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES [64]"),
     (r"--num-(gpus|machines) \d", r"--num-\1 1"),
     (r"--(nnodes|nproc-per-node) \d", r"--\1 1"),
     (r"first-machine:29500", "127.0.0.1:{port}"),
