@@ -36,7 +36,7 @@ def test_runs(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, 4)
     for cell in notebook.cells:
-        cell.source = cell.source.replace("320", "20")  # steps
+        cell.source = cell.source.replace("640", "20")  # steps
     resources = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(notebook, timeout=900, resources=resources)
     client.execute()
