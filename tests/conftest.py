@@ -1,5 +1,6 @@
 import logging
 import os
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ def seeded():
     np.random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def own_logging():
+@contextmanager
+def restored_loggers():
     """A tool's log goes to what was standard output in its test, which is closed afterwards."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "panet_d2")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
@@ -35,3 +36,16 @@ def own_logging():
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
     setup_logger.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    with restored_loggers():
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Fixtures of a module are set up before own_logging."""
+    with restored_loggers() if fixturedef.scope != "function" else nullcontext():
+        yield
