@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from functools import cache
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Container, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -208,11 +208,13 @@ _RULES: Dict[str, Rule] = {
 }
 
 
-def flatten(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """Yield the full key and the value of every leaf of a config."""
+def flatten(
+    node: CfgNode, prefix: str = "", leaves: Container[str] = ()
+) -> Iterator[Tuple[str, Any]]:
+    """Yield full key and value of every leaf; keys of ``leaves`` are leaves even with a dict."""
     for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and prefix + key not in leaves:
+            yield from flatten(value, f"{prefix}{key}.", leaves)
         else:
             yield prefix + key, value
 
@@ -248,8 +250,8 @@ def check_values(cfg: CfgNode) -> None:
     Raises:
         ConfigError: if a value is wrong. The message names the key, its value and what it must be.
     """
-    values, rules = dict(flatten(cfg)), _rules()
-    for key, value in values.items():
+    rules = _rules()
+    for key, value in flatten(cfg, leaves=rules):
         if key in rules and not rules[key].accepts(value):
             raise ConfigError(f"{key} is {value!r}; it must be {rules[key].text}.")
     for check in (_check_crop, _check_steps, _check_pixels, _check_box_sizes):

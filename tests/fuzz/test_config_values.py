@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from panet_d2 import add_panet_config
+from panet_d2.check_config import check_values
 from panet_d2.data import NamedImageMapper, setup_datasets
 from panet_d2.data.check import check_training_images
 from panet_d2.engine import Trainer, setup_config
@@ -27,9 +29,7 @@ def _added_keys() -> dict[str, Any]:
     cfg = get_cfg()
     before = leaves(cfg)
     add_panet_config(cfg)
-    # The keys of inference are read after training; their rules are in tests/test_check_config.py.
-    added = {key: value for key, value in leaves(cfg).items() if key not in before}
-    return {key: value for key, value in added.items() if not key.startswith("TEST.")}
+    return {key: value for key, value in leaves(cfg).items() if key not in before}
 
 
 DEFAULTS = _added_keys()
@@ -44,6 +44,36 @@ WORDS = {
     "MODEL.ROI_MASK_HEAD.AFP.ADAPTATION": ("conv", "none"),
     "MODEL.ROI_KEYPOINT_HEAD.AFP.ADAPTATION": ("conv", "none"),
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
+    "TEST.AUG.MERGE": ("nms", "wbf"),
+    "TEST.AUG.MASKS": ("probabilities", "logits"),
+    "TEST.SOFT_NMS.METHOD": ("linear", "gaussian"),
+    "TEST.BOX_VOTING.SCORES": ("id", "avg", "temp_avg"),
+}
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def is_positive(value: Any) -> bool:
+    return is_number(value, 0, math.inf) and 0 < value < math.inf
+
+
+def is_list(value: Any, accepts) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(accepts, value))
+
+
+# The keys that accept numbers, or lists of them.
+NUMBERS = {
+    "TEST.AUG.ROTATIONS": lambda v: is_list(v, lambda a: type(a) is int and a in (90, 180, 270)),
+    "TEST.AUG.ASPECT_RATIOS": lambda v: is_list(v, is_positive),
+    "TEST.AUG.BOX_SIZES": lambda v: (
+        is_list(v, is_positive) and len(v) in (0, 2) and list(v) == sorted(v)
+    ),
+    "TEST.SOFT_NMS.SIGMA": is_positive,
+    "TEST.SOFT_NMS.SCORE_THRESH": lambda v: is_number(v, 0, 1),
+    "TEST.BOX_VOTING.THRESH": lambda v: is_number(v, 0, 1),
+    "TEST.BOX_VOTING.TEMPERATURE": is_positive,
 }
 
 
@@ -67,6 +97,7 @@ def use(cfg: CfgNode) -> None:
     with torch.device("meta"):
         build_model(cfg)
     Trainer.build_optimizer(cfg, nn.Linear(1, 1))
+    check_values(cfg)  # the keys of inference are read after training
 
 
 def is_valid(key: str, value: Any) -> bool:
@@ -77,6 +108,8 @@ def is_valid(key: str, value: Any) -> bool:
         )
     if key == "DATASETS.CATEGORIES":
         return value in ([], ())  # others must also have as many classes as the model
+    if key in NUMBERS:
+        return NUMBERS[key](value)
     default = DEFAULTS[key]
     accepted = WORDS.get(key, (True, False) if isinstance(default, bool) else (default,))
     return type(value) is type(default) and value in accepted
@@ -89,6 +122,7 @@ SCALARS = (
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from([word for words in WORDS.values() for word in words])
+    | st.sampled_from([0.5, 2.0, 90, 180, 270])
     | st.sampled_from(["Max", "relu ", "yes", "on", "null", "True", "1", "[]", "{}", "None"])
 )
 VALUES = st.recursive(
@@ -104,7 +138,12 @@ VALUES = st.recursive(
 
 def check(key: str, value: Any, decoded: Any, apply) -> None:
     """``apply`` makes a config with the value, as a user may; ``decoded`` is what it then reads."""
-    if is_valid(key, decoded):
+    if type(decoded) is int and type(DEFAULTS[key]) is float and is_valid(key, decoded):
+        try:  # yacs merges no int into a float, but one may be assigned
+            use(apply())
+        except ConfigError as e:
+            assert f"values ({DEFAULTS[key]} vs. {decoded}) for config key: {key}" in str(e)
+    elif is_valid(key, decoded):
         use(apply())
     else:
         with pytest.raises(ConfigError) as caught:
