@@ -20,7 +20,7 @@ from panet_d2.data.tiles import (
     Window,
     files_by_image,
     open_rgb,
-    tile_arguments,
+    run_tiling,
     windows,
     written_whole,
 )
@@ -202,10 +202,7 @@ def oriented_box(corners: np.ndarray) -> List[float]:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    args = tile_arguments(__doc__, size=1024).parse_args(argv)
-    counts = prepare_dota(args.source, args.root, args.size, args.overlap)
-    for name, (tiles, objects) in counts.items():
-        print(f"{name}: {tiles} tiles, {objects} objects")
+    run_tiling(prepare_dota, argv, __doc__, size=1024)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ https://bbbc.broadinstitute.org/BBBC038, and give the file to this tool.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -18,11 +17,10 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from panet_d2 import cli
-from panet_d2.data.tiles import written_whole
+from panet_d2.data.tiles import mask_fields, source_arguments, written_whole
 from panet_d2.errors import DataError
 
 # One image in nine is for validation, chosen by the image's name alone.
@@ -131,29 +129,14 @@ def _add(content: dict, index: int, name: str, files: List[str], read, folder: s
             raise DataError(f"{file} is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}.")
         if not mask.any():
             continue
-        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-        content["annotations"].append(
-            {
-                "id": len(content["annotations"]) + 1,
-                "image_id": index,
-                "category_id": 1,
-                "iscrowd": 0,
-                "area": int(mask.sum()),
-                "bbox": mask_util.toBbox(rle).tolist(),
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-            }
-        )
+        number = len(content["annotations"]) + 1
+        annotation = {"id": number, "image_id": index, "category_id": 1, "iscrowd": 0}
+        content["annotations"].append({**annotation, **mask_fields(mask)})
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", help="stage1_train.zip, or the folder that it was unpacked into")
-    parser.add_argument(
-        "--root",
-        default=os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")),
-        help="folder of the datasets, in which dsb2018 is made; DETECTRON2_DATASETS by default",
-    )
-    args = parser.parse_args(argv)
+    source = "stage1_train.zip, or the folder that it was unpacked into"
+    args = source_arguments(__doc__, source).parse_args(argv)
     for split, (images, nuclei) in prepare_dsb2018(args.source, args.root).items():
         print(f"dsb2018_{split}: {images} images, {nuclei} nuclei")
 

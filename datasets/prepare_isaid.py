@@ -12,15 +12,15 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from panet_d2 import cli
 from panet_d2.data.tiles import (
     CocoWriter,
     files_by_image,
+    mask_fields,
     open_rgb,
-    tile_arguments,
+    run_tiling,
     windows,
     written_whole,
 )
@@ -132,20 +132,11 @@ def _add_objects(
                 f"{files['classes']} has the color {(color >> 16, color >> 8 & 255, color & 255)} "
                 f"for an object of {files['ids']}; none of iSAID's classes has it."
             )
-        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-        writer.add_object(
-            _CATEGORY_IDS[color],
-            mask_util.toBbox(rle).tolist(),
-            int(mask.sum()),
-            segmentation={"size": rle["size"], "counts": rle["counts"].decode()},
-        )
+        writer.add_object(_CATEGORY_IDS[color], **mask_fields(mask))
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    args = tile_arguments(__doc__, size=800).parse_args(argv)
-    counts = prepare_isaid(args.source, args.root, args.size, args.overlap)
-    for name, (tiles, objects) in counts.items():
-        print(f"{name}: {tiles} tiles, {objects} objects")
+    run_tiling(prepare_isaid, argv, __doc__, size=800)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
 
     Used datasets must match the config. If the number of classes is 0, the number is set from the
     datasets. ``DATASETS.CATEGORIES`` is resolved, see
-    :func:`panet_d2.data.categories.resolve_categories`. All processes of a job must call this
+    :func:`panet_d2.categories.resolve_categories`. All processes of a job must call this
     function.
 
     Args:
@@ -283,7 +283,7 @@ def _check_images(name: str, content: dict) -> None:
 
 def _check_orientation(cfg: CfgNode, name: str, content: dict, trained: bool) -> None:
     """Raise a ConfigError if the dataset has oriented boxes and the model upright ones, or so."""
-    oriented = has_oriented_boxes(content)
+    oriented = MetadataCatalog.get(name).evaluator_type == "coco_rotated"
     if content.get("annotations") and oriented != finds_oriented_boxes(cfg):
         theirs, wanted = ("oriented", "'RRPN'") if oriented else ("upright", "'RPN'")
         raise ConfigError(

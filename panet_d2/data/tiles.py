@@ -8,9 +8,11 @@ import os
 import shutil
 import uuid
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from ..errors import DataError
 
@@ -102,18 +104,42 @@ def open_rgb(path: str) -> Image.Image:
         raise DataError(f"cannot read {path}: {e}") from e
 
 
-def tile_arguments(description: Optional[str], size: int) -> argparse.ArgumentParser:
-    """The command line of the tools that cut a dataset into tiles."""
+def mask_fields(mask: np.ndarray) -> Dict[str, Any]:
+    """Return area, box and RLE of a bool mask (H, W), as an annotation in COCO format has them."""
+    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {
+        "area": int(mask.sum()),
+        "bbox": mask_util.toBbox(rle).tolist(),
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+    }
+
+
+def source_arguments(description: Optional[str], source: str) -> argparse.ArgumentParser:
+    """The arguments of the tools that prepare a dataset: where it comes from and where it goes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("source", help="the folder with train/ and val/")
+    parser.add_argument("source", help=source)
     parser.add_argument(
         "--root",
         default=os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")),
         help="folder of the datasets, to which this one is added; DETECTRON2_DATASETS by default",
     )
+    return parser
+
+
+def run_tiling(
+    prepare: Callable[[str, str, int, int], Dict[str, Tuple[int, int]]],
+    argv: Optional[Sequence[str]],
+    description: Optional[str],
+    size: int,
+) -> None:
+    """Run a tool that cuts a dataset into tiles: parse the command line, and print the counts."""
+    parser = source_arguments(description, "the folder with train/ and val/")
     parser.add_argument("--size", type=int, default=size, help="side of a tile in pixels")
     parser.add_argument("--overlap", type=int, default=200, help="what two tiles share, in pixels")
-    return parser
+    args = parser.parse_args(argv)
+    counts = prepare(args.source, args.root, args.size, args.overlap)
+    for name, (tiles, objects) in counts.items():
+        print(f"{name}: {tiles} tiles, {objects} objects")
 
 
 class CocoWriter:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import List, Optional, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class RCNNWithTTA(TTAHooks):
             stack.enter_context(self.without_heads(["mask_on", "keypoint_on"]))
             if self.cfg.TEST.AUG.MERGE == "nms":
                 # Suppress all boxes once, below: a second Soft-NMS would lower scores twice.
-                stack.enter_context(_NoSuppression(self.model))
+                stack.enter_context(_no_suppression(self.model))
             outputs = self.batch_inference(views)
         found = self.merge([_to_original(o, t) for o, t in zip(outputs, transforms)], sizes, shape)
         if not (self.cfg.MODEL.MASK_ON or self.cfg.MODEL.KEYPOINT_ON):
@@ -186,16 +186,19 @@ class RCNNWithTTA(TTAHooks):
         return maps[:, self.flipped_keypoints] if mirrored % 2 else maps
 
 
-class _NoSuppression(ExitStack):
-    """A context in which heads with Soft-NMS or voting return all boxes."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        predictor = last_predictor(getattr(model.roi_heads, "box_predictor", nn.Module()))
-        suppression = getattr(predictor, "suppression", None)
-        if suppression is not None:
-            predictor.suppression = None
-            self.callback(setattr, predictor, "suppression", suppression)
+@contextmanager
+def _no_suppression(model: nn.Module) -> Iterator[None]:
+    """Let heads with Soft-NMS or voting return all boxes."""
+    predictor = last_predictor(getattr(model.roi_heads, "box_predictor", nn.Module()))
+    suppression = getattr(predictor, "suppression", None)
+    if suppression is None:
+        yield
+        return
+    predictor.suppression = None
+    try:
+        yield
+    finally:
+        predictor.suppression = suppression
 
 
 def _to_original(output: Instances, transforms: TransformList) -> Instances:

@@ -10,6 +10,7 @@ from experiments.ablation import __main__ as ablation
 from panet_d2.engine import setup_config
 
 from ..common import ROOT
+from ..docs.common import code_blocks
 
 RESULTS = ROOT / "experiments/results"
 READMES = sorted(RESULTS.rglob("README.md"))
@@ -18,8 +19,7 @@ MODULE = "python -m experiments.ablation "
 
 def ablation_commands(readme):
     """Arguments of the commands of the ablation in a README."""
-    blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(), flags=re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(code_blocks(readme, "sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line[len(MODULE) :]) for line in lines if line.startswith(MODULE)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 import cv2
@@ -15,11 +14,10 @@ from panet_d2.engine import Predictor
 from panet_d2.export import FORMATS, export_model, sample_images
 
 from ..common import ROOT, tiny_cfg
+from ..docs.common import code_blocks
 from .test_export import THRESHOLD, confident
 
-OBJECTS, TORCHSCRIPT, ONNX = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL
-)[:3]
+OBJECTS, TORCHSCRIPT, ONNX = code_blocks(ROOT / "docs/export.md", "python")[:3]
 
 
 @pytest.mark.parametrize("format, program", zip(FORMATS, (TORCHSCRIPT, ONNX)), ids=FORMATS)
