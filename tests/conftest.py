@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.utils.logger import setup_logger
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. It must know before it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples each time; `--hypothesis-profile default` draws others.
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.load_profile("seeded")
 
 # The suite runs in as many processes as there are cores (pytest -n auto).
 torch.set_num_threads(1)

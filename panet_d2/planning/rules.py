@@ -33,6 +33,7 @@ SMALL_SIDE = 24  # pixels to which small objects are enlarged: six cells of FPN'
 SMALL = 0.1  # quantile: nine of ten objects are at least as large
 _MOST_ENLARGED = 4  # beyond this, enlarging adds pixels but no information
 _LARGER_AT_TEST = 2  # inference keeps no activations for gradients
+_WORTH_CROPPING = 4 / 3  # test size over training size
 _GRID = 32  # FPN pads images to multiples of this
 # Smaller anchors would be too far from objects that lie between two positions.
 _STRIDES_PER_ANCHOR = 3
@@ -75,8 +76,9 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     small = float(np.quantile(data.relative_sides, SMALL))
     median = float(np.median(data.short_edges))
     before = node.MIN_SIZE_TEST or median
+    needed = min(SMALL_SIDE / small, _MOST_ENLARGED * median)
     # Not smaller than the base's, because larger images cost nothing but time.
-    wanted = max(min(SMALL_SIDE / small, _MOST_ENLARGED * median), before)
+    wanted = max(needed, before)
     ratio = node.MAX_SIZE_TEST / node.MIN_SIZE_TEST if node.MIN_SIZE_TEST else 1
     ratio = max(ratio, float(np.quantile(data.elongations, 0.95)))
     budget = hardware.megapixels(cfg) * 1e6
@@ -87,10 +89,11 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     reason = ""
     if wanted > fits:
         reason = f"; {wanted:.0f} would be better, but {hardware.budget_source(cfg)}"
-        larger = min(int(wanted) // _GRID * _GRID, _LARGER_AT_TEST * fits)
-        if median**2 * longest > budget and larger > fits:
+        larger = min(round(needed) // _GRID * _GRID, _LARGER_AT_TEST * fits)
+        if larger >= _WORTH_CROPPING * fits:
             choices = _plan_crop(data, cfg, fits / larger)
             test = larger if choices["INPUT.CROP.ENABLED"].value else fits
+        if median**2 * longest > budget:
             reason += "; see also sliced inference, on tiles of the image"
     effect = f"a tenth of the objects is below {small * test:.0f} px"
     if test != before:
@@ -113,7 +116,7 @@ def _plan_crop(data: Fingerprint, cfg: CfgNode, share: float) -> Choices:
     if data.masks.get("polygon") and importlib.util.find_spec("shapely") is None:
         return keep(cfg, "polygons need the package shapely to be cropped", key)
     return {
-        key: Choice(True, "the images are larger than the budget of pixels"),
+        key: Choice(True, "at the test size, images are larger than the budget of pixels"),
         "INPUT.CROP.TYPE": Choice("relative", "a share of height and width"),
         "INPUT.CROP.SIZE": Choice([round(share, 2)] * 2, "objects have the test size in a crop"),
     }

@@ -64,7 +64,13 @@ def test_fused_levels_come_near_to_the_donors_layer():
 
 # Each norm and each fusion; a case takes ten seconds.
 @pytest.mark.parametrize(
-    "norm, fusion", [("", "max"), ("GN", "max"), ("GN", "sum"), ("BN", "mean")]
+    "norm, fusion",
+    [
+        ("", "max"),
+        ("GN", "sum"),
+        pytest.param("GN", "max", marks=pytest.mark.slow),
+        pytest.param("BN", "mean", marks=pytest.mark.slow),
+    ],
 )
 def test_only_scales_and_shifts(fusion, norm):
     opts = []

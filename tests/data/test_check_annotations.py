@@ -516,7 +516,7 @@ POLYGON = st.lists(NUMBER, min_size=4, max_size=12)
 RLE = st.builds(rle, st.lists(st.integers(-1, 6144)) | st.text("0123456789OPQo"))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200)
 @given(
     st.fixed_dictionaries(
         {"image_id": st.sampled_from([1, 4, True]) | JSON, "category_id": st.just(1) | JSON},

@@ -137,7 +137,13 @@ def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
     assert {detection["image_id"] for detection in found} == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 2), (2, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "processes, workers",
+    [(1, 0), pytest.param(2, 0, marks=SLOW), pytest.param(1, 2, marks=SLOW), (2, 1)],
+)
 def test_sigterm_saves_and_stops(config_file, tmp_path, processes, workers):
     """And the run goes on from there, to the weights of one that was not stopped."""
     opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 50, "SOLVER.CHECKPOINT_PERIOD", 1000)

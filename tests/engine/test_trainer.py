@@ -133,7 +133,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "opts",
         [
-            (),
+            pytest.param((), marks=pytest.mark.slow),
             ("SOLVER.OPTIMIZER", "ADAMW", "DATALOADER.NUM_WORKERS", "2"),
             (
                 *("MODEL.FPN.NORM", "BN", "TEST.PRECISE_BN.ENABLED", "True"),

@@ -177,7 +177,7 @@ def train_and_predict(opts: dict) -> None:
 
 @pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.slow)])
 def test_every_combination_trains_and_predicts(examples):
-    @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=examples)
     @given(configs())
     def holds(opts):
         train_and_predict(opts)

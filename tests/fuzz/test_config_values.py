@@ -184,15 +184,11 @@ def every_key(test):
     )
 
 
-def fuzzed(examples: int):
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
-
-
 @every_key
 def test_in_a_file(tmp_path, content, key, examples):
     path = tmp_path / "fuzzed.yaml"
 
-    @fuzzed(examples)
+    @settings(max_examples=examples)
     @example(None)
     @given(VALUES)
     def holds(value):
@@ -211,7 +207,7 @@ def test_on_the_command_line(tmp_path, content, key, examples):
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump({"VERSION": 2, **nested(content)}))
 
-    @fuzzed(examples)
+    @settings(max_examples=examples)
     @example("None")
     @given(VALUES.map(str))
     def holds(value):
@@ -222,7 +218,7 @@ def test_on_the_command_line(tmp_path, content, key, examples):
 
 @every_key
 def test_assigned_in_python(key, examples):
-    @fuzzed(examples)
+    @settings(max_examples=examples)
     @example(None)
     @example(1)
     @given(VALUES)

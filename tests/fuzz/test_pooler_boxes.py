@@ -17,10 +17,6 @@ CHANNELS = 3
 FEW_AND_MANY = pytest.mark.parametrize("examples", [25, pytest.param(2000, marks=pytest.mark.slow)])
 
 
-def fuzzed(examples: int):
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
-
-
 @st.composite
 def coordinates(draw, size: int, huge: float):
     """
@@ -113,7 +109,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 @FEW_AND_MANY
 def test_levels_and_fusions(examples):
-    @fuzzed(examples)
+    @settings(max_examples=examples)
     @given(problems())
     def holds(problem):
         features = features_of(problem)
@@ -140,7 +136,7 @@ def test_levels_and_fusions(examples):
 @FEW_AND_MANY
 @pytest.mark.parametrize("adaptation", ["conv", "fc", "none"])
 def test_pooler(adaptation, examples):
-    @fuzzed(examples)
+    @settings(max_examples=examples)
     @given(problems())
     def holds(problem):
         torch.manual_seed(problem["seed"])

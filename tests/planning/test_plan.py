@@ -138,7 +138,6 @@ records = st.lists(
 
 @settings(
     max_examples=5,
-    deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # each example trains: no shrinking
     suppress_health_check=list(HealthCheck),
 )

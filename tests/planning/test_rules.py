@@ -53,10 +53,23 @@ def test_scale_makes_room_for_long_images():
 
 
 def test_scale_within_the_budget():
-    """0.1 megapixels are 316 x 316, in steps of 32: 288."""
+    """0.2 megapixels are 447 x 447, in steps of 32: 416, which is close to the 480 needed."""
     data = measure(squares([10] * 9 + [50], (200, 200)))
-    choice = plan_scale(data, sized(200), Hardware(max_megapixels=0.1))["INPUT.MIN_SIZE_TEST"]
-    assert choice.value == 288 and "0.1 megapixels (--max-megapixels)" in choice.reason
+    planned = plan_scale(data, sized(200), Hardware(max_megapixels=0.2))
+    choice = planned["INPUT.MIN_SIZE_TEST"]
+    assert choice.value == 416 and "0.2 megapixels (--max-megapixels)" in choice.reason
+    assert "INPUT.CROP.ENABLED" not in planned
+
+
+def test_crops_of_small_images_that_are_enlarged():
+    """0.1 megapixels are 316 x 316, in steps of 32: 288, which is 0.6 of the 480 needed."""
+    data = measure(content([(200, 200, [(0, 0, 10, 10)] * 9 + [(0, 0, 50, 50)])] * 2, 1, "rle"))
+    cfg = sized(200, "INPUT.MIN_SIZE_TRAIN", [200])
+    planned = plan_scale(data, cfg, Hardware(max_megapixels=0.1))
+    assert values(planned)["INPUT.MIN_SIZE_TEST"] == 480
+    assert values(planned)["INPUT.MIN_SIZE_TRAIN"] == [288]
+    assert values(planned)["INPUT.CROP.SIZE"] == [0.6, 0.6]
+    assert "sliced inference" not in planned["INPUT.MIN_SIZE_TEST"].reason
 
 
 def test_crops_of_images_above_the_budget():

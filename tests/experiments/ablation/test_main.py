@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from experiments.ablation import __main__ as tool
 from experiments.ablation.report import load_results, table
 from experiments.ablation.rungs import RUNGS, overrides
+from experiments.benchmark.models import images
 from panet_d2 import cli
 from panet_d2.engine import setup_config
 
@@ -153,7 +154,12 @@ def test_document_holds_the_table_of_the_runs(name, tmp_path):
     assert Path(copy).read_text() == document.read_text()
 
 
-def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
+@pytest.fixture
+def small_images(monkeypatch):
+    monkeypatch.setattr(tool, "images", lambda n, h, w, **kwargs: images(n, 64, 64, **kwargs))
+
+
+def test_models_are_timed_side_by_side(tmp_path, monkeypatch, small_images):
     results, document = tmp_path / "dsb2018", tmp_path / "document.md"
     results.mkdir()
     frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.WEIGHTS", "elsewhere.pth")
@@ -183,7 +189,7 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     assert models["+mst"]["gflops"] > 5  # was missing
 
 
-def test_models_are_timed_with_equal_counts(monkeypatch):
+def test_models_are_timed_with_equal_counts(monkeypatch, small_images):
     """No model is faster because it detects less with random weights."""
     counts = []
 
