@@ -29,7 +29,6 @@ from panet_d2.errors import DataError
 __all__ = ["compare", "make_folds", "read_dataset"]
 
 SPLITS = ("train", "val")
-FOLDS = "output/folds"
 # Sides of an object as a multiple of the median side of its image's objects.
 SIZES = {"all": (0.0, 1e5), "smaller": (0.0, 0.5), "similar": (0.5, 2.0), "larger": (2.0, 1e5)}
 
@@ -234,7 +233,7 @@ def _summary(runs: Dict[int, _Evaluated]) -> Dict[str, Any]:
 
 
 def write_folds(args: argparse.Namespace) -> None:
-    folder = os.path.join(args.output, args.dataset)
+    folder = os.path.join(args.folds, args.dataset)
     os.makedirs(folder, exist_ok=True)
     for index, fold in enumerate(make_folds(read_dataset(args.dataset), args.number), 1):
         for split, content in zip(SPLITS, fold):
@@ -246,7 +245,7 @@ def write_folds(args: argparse.Namespace) -> None:
 
 
 def write_comparison(args: argparse.Namespace) -> None:
-    folder = os.path.join(FOLDS, args.dataset)
+    folder = os.path.join(args.folds, args.dataset)
     truth: Dict[str, Any] = {"images": [], "annotations": []}
     detections: Dict[str, Dict[int, List]] = {m: defaultdict(list) for m in args.models}
     for index in range(1, args.number + 1):
@@ -277,7 +276,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.photos", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     folds = commands.add_parser("folds", help="write the annotation files of the folds")
-    folds.add_argument("--output", default=FOLDS)
     folds.set_defaults(run=write_folds)
     comparison = commands.add_parser("compare", help="compare trained models")
     comparison.add_argument("--models", nargs="+", required=True, help="the baseline first")
@@ -289,6 +287,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     comparison.set_defaults(run=write_comparison)
     for command in (folds, comparison):
         command.add_argument("--dataset", default="granular", help="its folder's name")
+        command.add_argument(
+            "--folds", default="output/folds", help="folder of the folds' annotation files"
+        )
         command.add_argument("--number", type=int, default=4, help="of folds")
     args = parser.parse_args(argv)
     args.run(args)

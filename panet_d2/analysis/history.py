@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from typing import Dict, List
 
@@ -32,6 +33,6 @@ def losses(history: List[dict]) -> Dict[int, dict]:
 def evaluations(history: List[dict], task: str = "segm") -> Dict[int, dict]:
     """Select the lines with an AP of the task, for instance "bbox", by number of finished steps."""
     # The evaluation after training is written with an iteration that is one too high.
-    trained = max(losses(history), default=0)
+    trained = max(losses(history), default=math.inf)
     lines = {min(line["iteration"] + 1, trained): line for line in history if f"{task}/AP" in line}
     return dict(sorted(lines.items()))

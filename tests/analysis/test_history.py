@@ -25,3 +25,7 @@ def test_a_line_that_was_cut_before_a_resumed_run(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text('{"iteration": 0, "total_loss": 2.0}\n{"iterat\n{"iteration": 1, "lr": 1}\n')
     assert [line["iteration"] for line in read_history(str(path))] == [0, 1]
+
+
+def test_evaluations_without_losses():
+    assert list(evaluations([{"iteration": i, "segm/AP": 1.0} for i in (9, 19)])) == [10, 20]

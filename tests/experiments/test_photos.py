@@ -127,7 +127,7 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data/stones/annotations"
     folder.mkdir(parents=True)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    command = ["--dataset", "stones", "--number", "2"]
+    command = ["--dataset", "stones", "--number", "2", "--folds", "folds"]
     assert cli.run(photos.main, ["folds", *command]) == 1
     assert "instances_train.json does not exist" in capsys.readouterr().err
     (folder / "instances_train.json").write_text(json.dumps(dataset("abc")))
@@ -139,7 +139,7 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     assert cli.run(photos.main, compare) == 1
     assert "train base with seed 1 first" in capsys.readouterr().err
     for fold in (1, 2):
-        val = json.loads((tmp_path / f"output/folds/stones/fold{fold}_val.json").read_text())
+        val = json.loads((tmp_path / f"folds/stones/fold{fold}_val.json").read_text())
         assert {image["file_name"].split("/")[0] for image in val["images"]} <= {"train", "val"}
         for model, smaller in (("base", 4), ("ours", 0)):
             run = tmp_path / f"output/ablation/stones_fold{fold}/{model}_seed1/inference"
