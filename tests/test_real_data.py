@@ -72,6 +72,7 @@ def test_trains_on_nuclei(tmp_path):
         *("--config-file", "configs/DSB2018/panet_R_18_FPN_gn.yaml"),
         *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()"),
         *("SOLVER.IMS_PER_BATCH", "2", "TEST.DETECTIONS_PER_IMAGE", "20"),
+        *("INPUT.MIN_SIZE_TEST", "128"),
     )
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert any("segm/AP" in line for line in metrics)
