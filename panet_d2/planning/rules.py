@@ -40,6 +40,7 @@ _STRIDES_PER_ANCHOR = 3
 # Anchors change only if the share of objects with an IoU of 0.5 gains the first number, or if this
 # share stays and the share with an IoU of 0.7 gains the second number.
 _WORTH_IT = (0.01, 0.05)
+_MOST_PROPOSALS = 3000  # unless an image has more than 1000 objects
 _LOST = 0.01  # share of objects that NMS may suppress
 
 
@@ -196,10 +197,14 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
     if is_architecture(cfg, RetinaNet):
         return choices
     for split, fullest in (("TRAIN", most), ("TEST", evaluated)):
-        proposals = -(-3 * fullest // 100) * 100
+        each = 3  # enough to sample from
+        if split == "TEST":
+            # Detectron2's 1000 are ten for each object of COCO's fullest image.
+            each = max(3, min(10, _MOST_PROPOSALS // fullest))
+        proposals = -(-each * fullest // 100) * 100
         after, before = f"MODEL.RPN.POST_NMS_TOPK_{split}", f"MODEL.RPN.PRE_NMS_TOPK_{split}"
         if proposals > get(cfg, after):
-            choices[after] = Choice(proposals, "three for each object of the fullest image")
+            choices[after] = Choice(proposals, f"{each} for each object of the fullest image")
         least = 2 * choices.get(after, Choice(0, "")).value
         if least > get(cfg, before):
             choices[before] = Choice(least, "twice the proposals, because most can be on one level")

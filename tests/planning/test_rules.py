@@ -166,18 +166,21 @@ def test_detections_and_proposals_of_the_fullest_image_of_the_evaluation():
     data = replace(measure(squares([10] * 90, number=1)), most_at_test=400)
     planned = values(plan_detections(data, tiny_cfg(), ROOMY))
     assert planned["TEST.DETECTIONS_PER_IMAGE"] == 500
-    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 1200
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 2800
     assert planned["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == 300
+    planned = values(plan_detections(replace(data, most_at_test=2000), tiny_cfg(), ROOMY))
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 6000
 
 
 def test_proposals_and_samples():
     """
-    100 objects in each image: 300 proposals, 600 before NMS. A quarter of 512 samples of ROI heads
-    and half of 256 of the RPN have room for them.
+    100 objects in each image: 300 and 1000 proposals, twice as many before NMS. A quarter of 512
+    samples of ROI heads and half of 256 of the RPN have room for them.
     """
     planned = values(plan_detections(measure(squares([10] * 100)), tiny_cfg(), ROOMY))
     assert planned["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == 300
-    assert planned["MODEL.RPN.PRE_NMS_TOPK_TEST"] == 600
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 1000
+    assert planned["MODEL.RPN.PRE_NMS_TOPK_TEST"] == 2000
     assert planned["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] == 512
     assert "MODEL.RPN.BATCH_SIZE_PER_IMAGE" not in planned
 
