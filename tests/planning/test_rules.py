@@ -53,23 +53,12 @@ def test_scale_makes_room_for_long_images():
 
 
 def test_scale_within_the_budget():
-    """0.2 megapixels are 447 x 447, in steps of 32: 416, which is close to the 480 needed."""
+    """0.1 megapixels are 316 x 316, in steps of 32: 288."""
     data = measure(squares([10] * 9 + [50], (200, 200)))
-    planned = plan_scale(data, sized(200), Hardware(max_megapixels=0.2))
+    planned = plan_scale(data, sized(200), Hardware(max_megapixels=0.1))
     choice = planned["INPUT.MIN_SIZE_TEST"]
-    assert choice.value == 416 and "0.2 megapixels (--max-megapixels)" in choice.reason
-    assert "INPUT.CROP.ENABLED" not in planned
-
-
-def test_crops_of_small_images_that_are_enlarged():
-    """0.1 megapixels are 316 x 316, in steps of 32: 288, which is 0.6 of the 480 needed."""
-    data = measure(content([(200, 200, [(0, 0, 10, 10)] * 9 + [(0, 0, 50, 50)])] * 2, 1, "rle"))
-    cfg = sized(200, "INPUT.MIN_SIZE_TRAIN", [200])
-    planned = plan_scale(data, cfg, Hardware(max_megapixels=0.1))
-    assert values(planned)["INPUT.MIN_SIZE_TEST"] == 480
-    assert values(planned)["INPUT.MIN_SIZE_TRAIN"] == [288]
-    assert values(planned)["INPUT.CROP.SIZE"] == [0.6, 0.6]
-    assert "sliced inference" not in planned["INPUT.MIN_SIZE_TEST"].reason
+    assert choice.value == 288 and "0.1 megapixels (--max-megapixels)" in choice.reason
+    assert "INPUT.CROP.ENABLED" not in planned  # the image itself is not larger than the budget
 
 
 def test_crops_of_images_above_the_budget():
@@ -83,8 +72,17 @@ def test_crops_of_images_above_the_budget():
     assert planned["INPUT.MIN_SIZE_TEST"].value == 768
     assert planned["INPUT.CROP.SIZE"].value == [0.62, 0.62]
     assert "sliced inference" in planned["INPUT.MIN_SIZE_TEST"].reason
-    fits = plan_scale(rle, sized(480), Hardware(max_megapixels=2))
-    assert "INPUT.CROP.ENABLED" not in fits
+    for megapixels in (2, 0.5):  # 0.5 allows 704, which is close to 768
+        fits = plan_scale(rle, sized(480), Hardware(max_megapixels=megapixels))
+        assert "INPUT.CROP.ENABLED" not in fits
+
+
+def test_no_crops_for_the_base_alone():
+    """Large objects need no crops, although the base has a larger size than the budget."""
+    rle = measure(content([(1000, 1000, [(0, 0, 99, 99)] * 9 + [(0, 0, 300, 300)])] * 2, 1, "rle"))
+    planned = plan_scale(rle, sized(800), Hardware(max_megapixels=0.25))
+    assert "INPUT.CROP.ENABLED" not in planned
+    assert planned["INPUT.MIN_SIZE_TEST"].value == 480
 
 
 def test_polygons_are_cropped_with_shapely_only(monkeypatch):
@@ -166,7 +164,7 @@ def test_detections_and_proposals_of_the_fullest_image_of_the_evaluation():
     data = replace(measure(squares([10] * 90, number=1)), most_at_test=400)
     planned = values(plan_detections(data, tiny_cfg(), ROOMY))
     assert planned["TEST.DETECTIONS_PER_IMAGE"] == 500
-    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 2800
+    assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 4000
     assert planned["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == 300
     planned = values(plan_detections(replace(data, most_at_test=2000), tiny_cfg(), ROOMY))
     assert planned["MODEL.RPN.POST_NMS_TOPK_TEST"] == 6000
