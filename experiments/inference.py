@@ -23,6 +23,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from experiments.benchmark.report import describe_machine
+from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.checkpoint import atomic_open
 from panet_d2.engine import Trainer, load_strict, setup_config
@@ -169,8 +170,7 @@ def compare(args: argparse.Namespace, command: str) -> Dict[str, Any]:
             option_cfg.merge_from_list([part for pair in values.items() for part in pair])
             rows[row] = evaluate(option_cfg, weights, args.images)
             print(f"{name}, {row}: {rows[row]}", flush=True)
-            with atomic_open(path, "w") as f:
-                json.dump(results, f, indent=1)
+            write_json(path, results)
     with atomic_open(os.path.join(args.output, "README.md"), "w") as f:
         f.write(report(results))
     return results

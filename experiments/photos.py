@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from experiments.files import write_json
 from panet_d2 import cli
-from panet_d2.checkpoint import atomic_open
 from panet_d2.errors import DataError
 
 __all__ = ["compare", "make_folds", "read_dataset"]
@@ -238,8 +238,7 @@ def write_folds(args: argparse.Namespace) -> None:
     for index, fold in enumerate(make_folds(read_dataset(args.dataset), args.number), 1):
         for split, content in zip(SPLITS, fold):
             path = os.path.join(folder, f"fold{index}_{split}.json")
-            with atomic_open(path) as f:
-                json.dump(content, f)
+            write_json(path, content)
             photos = sorted({image["photo"] for image in content["images"]})
             print(f"{path}: {len(content['images'])} images of photos {', '.join(photos)}")
 
@@ -265,9 +264,7 @@ def write_comparison(args: argparse.Namespace) -> None:
     with redirect_stdout(StringIO()):  # pycocotools prints a line for each step
         result = compare(truth, detections, args.models[0], args.limit, args.draws)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    with atomic_open(args.output) as f:
-        json.dump(result, f, indent=1)
-        f.write("\n")
+    write_json(args.output, result)
     for name, difference in result["differences"].items():
         print("{}: {mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(name, **difference))
 

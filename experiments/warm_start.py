@@ -21,9 +21,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.analysis import evaluations, read_history
-from panet_d2.checkpoint import atomic_open
 from panet_d2.checkpoint.convert import convert
 from panet_d2.data import build_training_sample_loader
 from panet_d2.engine import Trainer, load_strict, setup_config
@@ -104,8 +104,7 @@ def compare(args: argparse.Namespace) -> Dict[str, dict]:
 
     def keep(run: str, values: dict) -> None:
         results.setdefault(run, {}).update(values)
-        with atomic_open(path("results.json"), "w") as f:
-            json.dump(results, f, indent=1)
+        write_json(path("results.json"), results)
 
     arguments = {k: v for k, v in vars(args).items() if k != "output"}
     for key, before in results.get("arguments", arguments).items():

@@ -29,8 +29,8 @@ from experiments.benchmark.models import (
 )
 from experiments.benchmark.tasks import inference, training_step
 from experiments.benchmark.timing import interleaved
+from experiments.files import write_json
 from panet_d2 import cli
-from panet_d2.checkpoint import atomic_open
 from panet_d2.engine import setup_config
 from panet_d2.engine.hooks import STOPPED
 from panet_d2.errors import DataError
@@ -136,12 +136,6 @@ def read_models(results: str) -> Dict[str, dict]:
         return {}
     with open(path, encoding="utf-8") as f:
         return json.load(f)
-
-
-def write_models(results: str, models: Dict[str, dict]) -> None:
-    with atomic_open(os.path.join(results, "models.json")) as f:
-        json.dump(models, f, indent=1)
-        f.write("\n")
 
 
 def schedule(steps: int) -> List[str]:
@@ -262,7 +256,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         sizes = describe_models(config_file, recorded_opts(results, unknown))
         for name, size in sizes.items():
             models.setdefault(name, {}).update(size)
-        write_models(results, models)
+        write_json(os.path.join(results, "models.json"), models)
     print(report(results, models, document))
     return 0
 

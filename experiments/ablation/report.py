@@ -105,7 +105,8 @@ def paired_difference(ours: pd.Series, theirs: pd.Series) -> Optional[Difference
 
 
 def _by_seed(results: Results, rung: str, metric: str) -> pd.Series:
-    return pd.Series({seed: run["results"][metric] for seed, run in results[rung].items()})
+    values = {seed: run["results"][metric] for seed, run in results[rung].items()}
+    return pd.Series(values, dtype=float)  # the JSON files have null for nan
 
 
 def _difference(results: Results, rung: str, other: str) -> Optional[Difference]:

@@ -19,6 +19,7 @@ from typing import IO, Callable, Dict, List, Optional, Sequence, Set
 import torch
 from tqdm import tqdm
 
+from experiments.files import write_json
 from panet_d2.analysis import evaluations, losses, read_history
 from panet_d2.checkpoint import atomic_open
 from panet_d2.checkpoint.safe_load import load_untrusted
@@ -158,8 +159,7 @@ def execute(
         if os.path.isfile(begun):
             _check_settings(run, begun)
         else:
-            with atomic_open(begun) as f:
-                json.dump({"settings": run.settings}, f)
+            write_json(begun, {"settings": run.settings})
         opts = [*run.opts, "SEED", run.seed, "OUTPUT_DIR", output]
         command = [sys.executable, "-W", "ignore", train_net, "--config-file", run.config_file]
         command += ["--resume", *map(str, opts)]
@@ -171,9 +171,7 @@ def execute(
             raise RunFailed(f"{run.name} ended with {status}; see {log}.")
         content = result_of(run, output)
         content["wall_seconds"] = time.time() - started
-        with atomic_open(result_file(results, run)) as f:
-            json.dump(content, f, indent=1)
-            f.write("\n")
+        write_json(result_file(results, run), content)
 
 
 def result_of(run: Run, output: str) -> Dict:

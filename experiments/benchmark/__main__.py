@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import sys
 from statistics import median
@@ -28,6 +27,7 @@ from experiments.benchmark.op import benchmark_op
 from experiments.benchmark.report import describe_machine, markdown, plot
 from experiments.benchmark.tasks import inference, training_step
 from experiments.benchmark.timing import interleaved, peak_memory
+from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.checkpoint import atomic_open
 from panet_d2.engine import setup_config
@@ -142,9 +142,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     os.makedirs(args.output, exist_ok=True)
     path = os.path.join(args.output, args.name or ("cuda" if on_gpu else "cpu"))
-    with atomic_open(f"{path}.json") as f:
-        json.dump(results, f, indent=1)
-        f.write("\n")
+    write_json(f"{path}.json", results)
     with atomic_open(f"{path}.md") as f:
         f.write(markdown(results))
     plot(results, f"{path}.png")

@@ -1,12 +1,15 @@
 import json
+import math
 import os
 import re
 import shlex
 from functools import partial
 
+import numpy as np
 import pytest
 
 from experiments.ablation import __main__ as ablation
+from experiments.files import write_json
 from panet_d2.engine import setup_config
 
 from ..common import ROOT
@@ -47,6 +50,20 @@ def test_links_resolve(readme):
             titles = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.M)
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in anchors, target
+
+
+def test_json_is_what_other_programs_read():
+    def fail(constant):
+        raise AssertionError(f"JSON has no {constant}")
+
+    for path in RESULTS.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=fail)
+
+
+def test_nan_becomes_null(tmp_path):
+    write_json(str(tmp_path / "x.json"), {"a": [math.nan, {"b": (1.5, np.float64("nan"))}], 2: "c"})
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found == {"a": [None, {"b": [1.5, None]}], "2": "c"}
 
 
 @pytest.mark.parametrize("name", WITH_COMMANDS)
