@@ -13,7 +13,7 @@ from experiments.files import write_json
 from panet_d2.engine import setup_config
 
 from ..common import ROOT
-from ..docs.common import code_blocks
+from ..docs.common import code_blocks, table
 
 RESULTS = ROOT / "experiments/results"
 READMES = sorted(RESULTS.rglob("README.md"))
@@ -89,3 +89,28 @@ def test_commands_give_the_committed_runs(name, tmp_path, monkeypatch):
         run = json.loads(path.read_text())
         if not run["rung"].startswith("pretrain"):
             assert (run["seed"], config(run["settings"])) in configs, path.name
+
+
+def test_table_of_planned_configs_is_that_of_the_runs():
+    runs = json.loads((RESULTS / "planning/nuclei.json").read_text())["runs"]
+    stages = ["recall of anchors", "recall of proposals", "recall of masks"]
+    expected = []
+    for first, second in zip(runs[::2], runs[1::2]):  # the two seeds
+        ap = [f"{first[key]:.1f}, {second[key]:.1f}" for key in ("segm/AP", "bbox/AP")]
+        of_first = [first.get(key) for key in (*stages, "mask AP with ground-truth boxes")]
+        expected.append([*ap, *("" if value is None else f"{value:.1f}" for value in of_first)])
+    rows = table((RESULTS / "planning/README.md").read_text(), "## Runs")
+    assert [row[2:] for row in rows] == expected
+    # The page and the README of the project repeat the rows "by hand" and "planned".
+    ap = {
+        (run["config"], run["model"]): f"{(run['segm/AP'] + other['segm/AP']) / 2:.1f}"
+        for run, other in zip(runs[::2], runs[1::2])
+    }
+    share = {
+        r["config"]: f"{r[stages[1]]:.1f} %"
+        for r in runs
+        if r["model"] == "panet" and stages[1] in r
+    }
+    summary = [[share[c], ap[c, "mask_rcnn"], ap[c, "panet"]] for c in ("hand", "planned")]
+    for page, heading in (("docs/planning.md", "## Example"), ("README.md", "### A config")):
+        assert [row[-3:] for row in table((ROOT / page).read_text(), heading)] == summary, page
