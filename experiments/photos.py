@@ -2,8 +2,9 @@
 Cross-validation by photo. Images that are crops of one photo are not independent, so a photo is
 never in training and validation at once, and intervals come from drawing photos.
 
-folds: split a dataset into folds. compare: pool the detections of all folds for each model and
-seed, and write the AP of each model and the differences, with intervals, as JSON.
+folds: split a dataset into folds, with a config for each. compare: pool the detections of all folds
+for each model and seed, and write the AP of each model and the differences, with intervals, as
+JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from io import StringIO
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from experiments.files import write_json
 from panet_d2 import cli
+from panet_d2.checkpoint import atomic_open
 from panet_d2.errors import DataError
 
 __all__ = ["compare", "make_folds", "read_dataset"]
@@ -33,12 +36,16 @@ SPLITS = ("train", "val")
 SIZES = {"all": (0.0, 1e5), "smaller": (0.0, 0.5), "similar": (0.5, 2.0), "larger": (2.0, 1e5)}
 
 
+def datasets_folder() -> str:
+    return os.environ.get("DETECTRON2_DATASETS", "datasets")
+
+
 def read_dataset(name: str) -> Dict[str, Any]:
     """
     Read the training and validation data of a dataset below DETECTRON2_DATASETS as one dataset in
     COCO format, whose file names begin with the folder and whose ids are new.
     """
-    folder = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), name)
+    folder = os.path.join(datasets_folder(), name)
     both: Dict[str, Any] = {"images": [], "annotations": []}
     for split in SPLITS:
         path = os.path.join(folder, "annotations", f"instances_{split}.json")
@@ -235,12 +242,20 @@ def _summary(runs: Dict[int, _Evaluated]) -> Dict[str, Any]:
 def write_folds(args: argparse.Namespace) -> None:
     folder = os.path.join(args.folds, args.dataset)
     os.makedirs(folder, exist_ok=True)
+    images = os.path.abspath(os.path.join(datasets_folder(), args.dataset))
     for index, fold in enumerate(make_folds(read_dataset(args.dataset), args.number), 1):
+        names = {split: f"{args.dataset}_fold{index}_{split}" for split in SPLITS}
+        config: Dict[str, Any] = {"_BASE_": os.path.abspath(args.base), "DATASETS": {}}
+        config["DATASETS"]["REGISTER_COCO"] = registered = []
+        config["DATASETS"].update(TRAIN=[names["train"]], TEST=[names["val"]])
         for split, content in zip(SPLITS, fold):
             path = os.path.join(folder, f"fold{index}_{split}.json")
             write_json(path, content)
+            registered.append([names[split], os.path.abspath(path), images])
             photos = sorted({image["photo"] for image in content["images"]})
             print(f"{path}: {len(content['images'])} images of photos {', '.join(photos)}")
+        with atomic_open(os.path.join(folder, f"fold{index}.yaml")) as f:
+            yaml.safe_dump(config, f)
 
 
 def write_comparison(args: argparse.Namespace) -> None:
@@ -273,6 +288,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.photos", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     folds = commands.add_parser("folds", help="write the annotation files of the folds")
+    folds.add_argument("--base", required=True, metavar="CONFIG", help="the folds' base config")
     folds.set_defaults(run=write_folds)
     comparison = commands.add_parser("compare", help="compare trained models")
     comparison.add_argument("--models", nargs="+", required=True, help="the baseline first")

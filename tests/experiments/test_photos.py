@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from pycocotools.cocoeval import COCOeval
 
 from experiments import photos
 from panet_d2 import cli
+from panet_d2.engine import setup_config
+
+from ..common import ROOT
 
 SIDE = 100
 
@@ -128,12 +132,18 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     folder.mkdir(parents=True)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     command = ["--dataset", "stones", "--number", "2", "--folds", "folds"]
-    assert cli.run(photos.main, ["folds", *command]) == 1
+    base = ["--base", str(ROOT / "configs/Granular/panet_R_18_FPN.yaml")]
+    assert cli.run(photos.main, ["folds", *command, *base]) == 1
     assert "instances_train.json does not exist" in capsys.readouterr().err
     (folder / "instances_train.json").write_text(json.dumps(dataset("abc")))
     (folder / "instances_val.json").write_text(json.dumps(dataset("d")))
-    assert cli.run(photos.main, ["folds", *command]) == 0
+    assert cli.run(photos.main, ["folds", *command, *base]) == 0
     assert "fold2_val.json: 4 images of photos" in capsys.readouterr().out
+    cfg = setup_config("folds/stones/fold2.yaml", ["MODEL.ROI_HEADS.NUM_CLASSES", 2], needed=())
+    assert cfg.DATASETS.TEST == ("stones_fold2_val",)
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_pafpn_backbone"
+    (_, path, images), _ = cfg.DATASETS.REGISTER_COCO
+    assert Path(path).name == "fold2_train.json" and images == str(tmp_path / "data/stones")
     compare = ["compare", *command, "--models", "base", "ours", "--seeds", "1", "--draws", "5"]
     compare += ["--output", "out/result.json"]
     assert cli.run(photos.main, compare) == 1
