@@ -3,12 +3,15 @@ import math
 import os
 import re
 import shlex
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments.ablation import __main__ as ablation
+from experiments.ablation.report import paired_difference
 from experiments.files import write_json
 from panet_d2.engine import setup_config
 
@@ -91,26 +94,62 @@ def test_commands_give_the_committed_runs(name, tmp_path, monkeypatch):
             assert (run["seed"], config(run["settings"])) in configs, path.name
 
 
+STAGES = ["recall of anchors", "recall of proposals", "recall of masks"]
+
+
+def planned_runs():
+    """Runs of experiments/results/planning, by config and model, then by seed."""
+    found = defaultdict(dict)
+    for run in json.loads((RESULTS / "planning/nuclei.json").read_text())["runs"]:
+        found[run["config"], run["model"]][run["seed"]] = run
+    return found
+
+
 def test_table_of_planned_configs_is_that_of_the_runs():
-    runs = json.loads((RESULTS / "planning/nuclei.json").read_text())["runs"]
-    stages = ["recall of anchors", "recall of proposals", "recall of masks"]
     expected = []
-    for first, second in zip(runs[::2], runs[1::2]):  # the two seeds
-        ap = [f"{first[key]:.1f}, {second[key]:.1f}" for key in ("segm/AP", "bbox/AP")]
-        of_first = [first.get(key) for key in (*stages, "mask AP with ground-truth boxes")]
+    for seeds in planned_runs().values():
+        ap = [
+            ", ".join(f"{run[key]:.1f}" for run in seeds.values()) for key in ("segm/AP", "bbox/AP")
+        ]
+        of_first = [seeds[1].get(key) for key in (*STAGES, "mask AP with ground-truth boxes")]
         expected.append([*ap, *("" if value is None else f"{value:.1f}" for value in of_first)])
     rows = table((RESULTS / "planning/README.md").read_text(), "## Runs")
     assert [row[2:] for row in rows] == expected
-    # The page and the README of the project repeat the rows "by hand" and "planned".
-    ap = {
-        (run["config"], run["model"]): f"{(run['segm/AP'] + other['segm/AP']) / 2:.1f}"
-        for run, other in zip(runs[::2], runs[1::2])
+
+
+def test_table_of_the_planned_shapes_is_that_of_the_runs():
+    runs = json.loads((RESULTS / "planning/shapes.json").read_text())["runs"]
+    rows = table((RESULTS / "planning/README.md").read_text(), "## The embedded dataset")
+    for (title, *row), start in zip(rows, ("random", "ImageNet")):
+        by_hand, planned = (run for run in runs if run["start"] == start)
+        values = [run[key] for run in (by_hand, planned) for key in ("segm/AP", "bbox/AP")]
+        assert start in title and row == [f"{value:.1f}" for value in values]
+
+
+def test_planned_configs_in_the_docs():
+    runs = planned_runs()
+    values = {
+        (key, *name): pd.Series({seed: run[key] for seed, run in seeds.items()})
+        for name, seeds in runs.items()
+        for key in ("segm/AP", "bbox/AP")
     }
-    share = {
-        r["config"]: f"{r[stages[1]]:.1f} %"
-        for r in runs
-        if r["model"] == "panet" and stages[1] in r
-    }
-    summary = [[share[c], ap[c, "mask_rcnn"], ap[c, "panet"]] for c in ("hand", "planned")]
+    share = {c: f"{runs[c, 'panet'][1][STAGES[1]]:.1f} %" for c in ("hand", "planned")}
+    expected = []
+    for config in ("hand", "planned"):
+        means = [f"{values['segm/AP', config, m].mean():.1f}" for m in ("mask_rcnn", "panet")]
+        expected.append([share[config], *means])
     for page, heading in (("docs/planning.md", "## Example"), ("README.md", "### A config")):
-        assert [row[-3:] for row in table((ROOT / page).read_text(), heading)] == summary, page
+        assert [row[-3:] for row in table((ROOT / page).read_text(), heading)] == expected, page
+    expected = [[], []]
+    for key in ("segm/AP", "bbox/AP"):
+        base, ours = (values[key, "planned", m] for m in ("mask_rcnn", "panet"))
+        d = paired_difference(ours, base)
+        expected[0] += [f"{base.mean():.1f} ± {base.sem():.1f}", ""]
+        difference = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+        expected[1] += [f"{ours.mean():.1f} ± {ours.sem():.1f}", difference]
+    rows = table((ROOT / "docs/results.md").read_text(), "## Nuclei with a planned config")
+    assert [row[1:] for row in rows] == expected
+    summary = [expected[0][0], expected[1][0], "", str(len(base))]
+    for page, heading in (("docs/results.md", "## Summary"), ("README.md", "## What")):
+        rows = table((ROOT / page).read_text(), heading)
+        assert [row[1:] for row in rows if row[0].startswith("nuclei, planned")] == [summary], page
