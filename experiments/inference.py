@@ -122,7 +122,8 @@ def evaluate(cfg: CfgNode, weights: str, count: int) -> Dict[str, float]:
 
 def table(rows: Dict[str, Dict[str, float]]) -> str:
     """Markdown table of one model: a row for each option."""
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("option")
+    frame = pd.DataFrame.from_dict(rows, orient="index", dtype=float).rename_axis("option")
+    frame = frame.dropna(axis="columns", how="all")  # sizes that no object has
     columns = [c for c in frame.columns if c != "images"]
     digits = [
         ".0f" if c == "forward passes" else ".2f" if c == "s/image" else ".1f" for c in columns

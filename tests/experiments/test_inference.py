@@ -60,3 +60,13 @@ def test_mistakes(tmp_path, capfd, opts, message):
     model = write_model(tmp_path, "wrong")
     assert cli.run(tool.main, [*model, "--output", str(tmp_path / "out"), "--opts", *opts]) == 1
     assert message in capfd.readouterr().err
+
+
+def test_table_leaves_out_sizes_that_no_object_has():
+    row = {"forward passes": 1, "s/image": 0.5, "images": 2, "mask AP": 40.04, "mask APl": None}
+    head, _, line = tool.table({"one scale": row}).splitlines()
+    cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (head, line)]
+    assert cells == [
+        ["option", "forward passes", "s/image", "mask AP"],
+        ["one scale", "1", "0.50", "40.0"],
+    ]
