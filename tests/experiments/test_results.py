@@ -153,3 +153,15 @@ def test_planned_configs_in_the_docs():
     for page, heading in (("docs/results.md", "## Summary"), ("README.md", "## What")):
         rows = table((ROOT / page).read_text(), heading)
         assert [row[1:] for row in rows if row[0].startswith("nuclei, planned")] == [summary], page
+
+
+def test_inference_options_in_the_docs():
+    models = json.loads((RESULTS / "inference/results.json").read_text())["models"]
+    base, ours = models["Mask R-CNN"], models["PANet-2fc"]
+    expected = [
+        [name, f"{base[name]['forward passes']}"]
+        + [f"{rows[name][f'{task} AP']:.1f}" for rows in (base, ours) for task in ("box", "mask")]
+        for name in ours
+    ]
+    rows = table((ROOT / "docs/inference.md").read_text(), "## What each option gives")
+    assert rows == expected
