@@ -27,6 +27,7 @@ from tqdm import tqdm
 from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.checkpoint import atomic_open
+from panet_d2.data.register import datasets_folder
 from panet_d2.errors import DataError
 
 __all__ = ["compare", "make_folds", "read_dataset"]
@@ -34,10 +35,6 @@ __all__ = ["compare", "make_folds", "read_dataset"]
 SPLITS = ("train", "val")
 # Sides of an object as a multiple of the median side of its image's objects.
 SIZES = {"all": (0.0, 1e5), "smaller": (0.0, 0.5), "similar": (0.5, 2.0), "larger": (2.0, 1e5)}
-
-
-def datasets_folder() -> str:
-    return os.environ.get("DETECTRON2_DATASETS", "datasets")
 
 
 def read_dataset(name: str) -> Dict[str, Any]:
@@ -244,18 +241,19 @@ def write_folds(args: argparse.Namespace) -> None:
     os.makedirs(folder, exist_ok=True)
     images = os.path.abspath(os.path.join(datasets_folder(), args.dataset))
     for index, fold in enumerate(make_folds(read_dataset(args.dataset), args.number), 1):
-        names = {split: f"{args.dataset}_fold{index}_{split}" for split in SPLITS}
-        config: Dict[str, Any] = {"_BASE_": os.path.abspath(args.base), "DATASETS": {}}
-        config["DATASETS"]["REGISTER_COCO"] = registered = []
-        config["DATASETS"].update(TRAIN=[names["train"]], TEST=[names["val"]])
+        registered = []
         for split, content in zip(SPLITS, fold):
             path = os.path.join(folder, f"fold{index}_{split}.json")
             write_json(path, content)
-            registered.append([names[split], os.path.abspath(path), images])
+            registered.append(
+                [f"{args.dataset}_fold{index}_{split}", os.path.abspath(path), images]
+            )
             photos = sorted({image["photo"] for image in content["images"]})
             print(f"{path}: {len(content['images'])} images of photos {', '.join(photos)}")
+        (train, *_), (val, *_) = registered
+        datasets = {"REGISTER_COCO": registered, "TRAIN": [train], "TEST": [val]}
         with atomic_open(os.path.join(folder, f"fold{index}.yaml")) as f:
-            yaml.safe_dump(config, f)
+            yaml.safe_dump({"_BASE_": os.path.abspath(args.base), "DATASETS": datasets}, f)
 
 
 def write_comparison(args: argparse.Namespace) -> None:

@@ -101,9 +101,14 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
     )
 
 
+def datasets_folder() -> str:
+    """Return the folder that ``DETECTRON2_DATASETS`` names, "datasets" by default."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
 def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, str]:
     """Return the full paths for :func:`register_coco_file`; raise a DataError if one is missing."""
-    base = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    base = datasets_folder()
     json_file, image_root = os.path.join(base, json_file), os.path.join(base, image_root)
     hint = f"relative paths start at DETECTRON2_DATASETS, which is {base!r}."
     if not PathManager.isfile(json_file):

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from ..errors import DataError
+from .register import datasets_folder
 
 # Left, top, right and bottom of a tile, in pixels of the image.
 Window = Tuple[int, int, int, int]
@@ -120,7 +121,7 @@ def source_arguments(description: Optional[str], source: str) -> argparse.Argume
     parser.add_argument("source", help=source)
     parser.add_argument(
         "--root",
-        default=os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")),
+        default=datasets_folder(),
         help="folder of the datasets, to which this one is added; DETECTRON2_DATASETS by default",
     )
     return parser

@@ -196,11 +196,10 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
     }
     if is_architecture(cfg, RetinaNet):
         return choices
-    for split, fullest in (("TRAIN", most), ("TEST", evaluated)):
-        each = 3  # enough to sample from
-        if split == "TEST":
-            # Detectron2's 1000 are ten for each object of COCO's fullest image.
-            each = max(3, min(10, _MOST_PROPOSALS // fullest))
+    # Detectron2's 1000 are ten for each object of COCO's fullest image. In training, three are
+    # enough to sample from.
+    at_test = max(3, min(10, _MOST_PROPOSALS // evaluated))
+    for split, fullest, each in (("TRAIN", most, 3), ("TEST", evaluated, at_test)):
         proposals = -(-each * fullest // 100) * 100
         after, before = f"MODEL.RPN.POST_NMS_TOPK_{split}", f"MODEL.RPN.PRE_NMS_TOPK_{split}"
         if proposals > get(cfg, after):
