@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from typing import IO, Any, Iterator
 from urllib.parse import urlparse
@@ -21,16 +22,19 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
     Raises:
         OSError: if the file cannot be written.
     """
-    unfinished = path + ".part"
+    # Its own name for each writer: processes that write one file at once would mix their content.
+    unfinished = f"{path}.{secrets.token_hex(4)}.part"
     try:
         with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())  # otherwise the new name can reach the disk before the content
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as e:
         with suppress(FileNotFoundError):
             os.remove(unfinished)
+        if isinstance(e, OSError) and e.filename == unfinished:
+            e.filename = path  # the name that the user knows
         raise
 
 

@@ -26,8 +26,19 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+def test_two_writers_at_once_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with atomic_open(str(path)) as first:
+        first.write("first " * 1000)
+        with atomic_open(str(path)) as second:
+            second.write("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first " * 1000 and os.listdir(tmp_path) == ["file"]
+
+
 def test_no_such_folder(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic_open(str(tmp_path / "lost/file")):
+    path = str(tmp_path / "lost/file")
+    with pytest.raises(FileNotFoundError, match="lost/file'$"), atomic_open(path):
         pass
 
 
