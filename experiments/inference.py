@@ -45,7 +45,6 @@ def options(size: int) -> Dict[str, Dict[str, Any]]:
     one["TEST.AUG.MIN_SIZES"] = [size]
     scales = {**one, "TEST.AUG.MIN_SIZES": [round(size * f) for f in (0.75, 1, 1.5)]}
     by_size = {"TEST.AUG.BOX_SIZES": [32, 96]}  # COCO's small and large
-    everything = {**scales, **TURNS, **by_size}
     return {
         "one scale": {},
         "Soft-NMS, linear": SOFT_NMS,
@@ -57,11 +56,10 @@ def options(size: int) -> Dict[str, Dict[str, Any]]:
         "aspect ratios 0.8 and 1.25": {**one, "TEST.AUG.ASPECT_RATIOS": [0.8, 1.25]},
         "three scales": scales,
         "three scales by box size": {**scales, **by_size},
-        "three scales, flips, rotations": {**scales, **TURNS},
-        "the same, masks as logits": {**scales, **TURNS, "TEST.AUG.MASKS": "logits"},
-        "the same, boxes fused": {**scales, **TURNS, "TEST.AUG.MERGE": "wbf"},
-        "the same, Soft-NMS and voting": {**scales, **TURNS, **SOFT_NMS, **VOTING},
-        "all": {**everything, **SOFT_NMS, **VOTING, "TEST.AUG.MASKS": "logits"},
+        "three scales, masks as logits": {**scales, "TEST.AUG.MASKS": "logits"},
+        "three scales, boxes fused": {**scales, "TEST.AUG.MERGE": "wbf"},
+        "three scales, Soft-NMS and voting": {**scales, **SOFT_NMS, **VOTING},
+        "all": {**scales, **by_size, **TURNS, **SOFT_NMS, **VOTING, "TEST.AUG.MASKS": "logits"},
     }
 
 

@@ -151,7 +151,8 @@ def train(args: argparse.Namespace, config_file: str, results: str) -> List[str]
     cfg = setup_config(config_file, opts)
     steps, channels = cfg.SOLVER.MAX_ITER, cfg.MODEL.FPN.OUT_CHANNELS
     period = 0 if args.quick else max(1, steps // EVALUATIONS)
-    opts += ["TEST.EVAL_PERIOD", str(period), "SOLVER.CHECKPOINT_PERIOD", str(max(1, steps // 4))]
+    periods = [("TEST.EVAL_PERIOD", period), ("SOLVER.CHECKPOINT_PERIOD", max(1, steps // 4))]
+    opts += [part for k, v in periods if k not in args.opts for part in (k, str(v))]
     work = os.path.join(args.work, os.path.basename(results))
     os.makedirs(results, exist_ok=True)
     resnet_norm = None

@@ -60,6 +60,15 @@ def test_runs_are_the_rungs_seed_by_seed(tmp_path, monkeypatch):
         )
 
 
+def test_own_evaluations_and_checkpoints(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(tool, "run_all", lambda made, *_: runs.extend(made) or ["failed"])
+    command = ["--data", "shapes", "--rungs", "baseline", "--seeds", "1", "--results"]
+    command += [str(tmp_path), "--steps", "80", "--opts", "TEST.EVAL_PERIOD", "0"]
+    assert cli.run(tool.main, command) == 1
+    assert runs[0].opts[-4:] == ("TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "20")
+
+
 @pytest.mark.parametrize("data", ["granular", "facade"])
 def test_some_configs_name_their_resnet(data, tmp_path, monkeypatch, capsys):
     command = ["--data", data, "--results", str(tmp_path), "--rungs", "heavy_ideas", "bpa_afp"]
