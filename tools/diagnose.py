@@ -9,6 +9,8 @@ share of dead units in its box head.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from typing import Dict, List, Optional
 
@@ -24,16 +26,19 @@ from panet_d2.analysis import (
     evaluate_true_boxes,
     ground_truth,
 )
+from panet_d2.checkpoint import atomic_open
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.errors import ConfigError
 from panet_d2.modeling.check_model import finds_oriented_boxes
 from panet_d2.planning import anchor_recall, measure
 
+AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-def print_ap(ap: Dict[str, float]) -> None:
-    keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    print("  ".join(f"{key} {ap[key]:.1f}" for key in keys))
+
+def known(values: Dict[str, float]) -> Dict[str, Optional[float]]:
+    """NaN, which JSON does not have, becomes None."""
+    return {key: None if value != value else value for key, value in values.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -45,6 +50,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         metavar="CONFIG",
         help="config.yaml of another run on the same data; its boxes are given to this run's masks",
     )
+    parser.add_argument("--output", metavar="JSON", help="also write the values to this file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     args = parser.parse_args(argv)
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
@@ -54,13 +60,16 @@ def main(argv: Optional[List[str]] = None) -> None:
             "compares upright boxes only."
         )
     name = first_test_set(cfg)
+    if args.output:  # now, not after minutes of evaluation
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
     inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
-    for head, dead in dead_units(model, inputs).items():
+    dead = {head: 100 * float(d.float().mean()) for head, d in dead_units(model, inputs).items()}
+    for head, share in dead.items():
         print(
-            f"{head}: {100 * dead.float().mean():.0f} % of {dead.numel()} outputs are zero for "
-            f"all proposals of {len(records)} images of {name}"
+            f"{head}: {share:.0f} % of the outputs are zero for all proposals of {len(records)} "
+            f"images of {name}"
         )
     print(f"recall of the objects of {name} at IoU 0.5, in percent:")
     stages = {}
@@ -73,13 +82,25 @@ def main(argv: Optional[List[str]] = None) -> None:
         for stage, shares in stages.items()
     ]
     print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
+    masks = {}
     if cfg.MODEL.MASK_ON:
-        print(f"mask AP on {name} with ground-truth boxes and classes:")
-        print_ap(evaluate_true_boxes(cfg, model, name))
+        masks["ground-truth boxes and classes"] = evaluate_true_boxes(cfg, model, name)
     if args.boxes_of:
         other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
-        print(f"mask AP on {name} with the boxes, classes and scores of {args.boxes_of}:")
-        print_ap(evaluate_boxes_of(cfg, model, other, name))
+        given = f"the boxes, classes and scores of {args.boxes_of}"
+        masks[given] = evaluate_boxes_of(cfg, model, other, name)
+    for given, ap in masks.items():
+        print(f"mask AP on {name} with {given}:")
+        print("  ".join(f"{key} {ap[key]:.1f}" for key in AP))
+    if args.output:
+        content = {
+            "dataset": name,
+            "dead units": dead,
+            "recall": {stage: known(shares) for stage, shares in stages.items()},
+            "mask AP with": {given: known({k: ap[k] for k in AP}) for given, ap in masks.items()},
+        }
+        with atomic_open(args.output) as f:
+            json.dump(content, f, indent=1, allow_nan=False)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -38,13 +39,21 @@ def kill_a_quarter(box_head):
 
 
 def test_what_it_says(tmp_path, capsys):
-    assert cli.run(diagnose.main, ["--config-file", write_run(tmp_path), "--number", "2"]) == 0
+    command = ["--config-file", write_run(tmp_path), "--number", "2"]
+    assert cli.run(diagnose.main, [*command, "--output", str(tmp_path / "new/found.json")]) == 0
     out = capsys.readouterr().out
-    assert "box_head: 25 % of 48 outputs are zero for all proposals of 2 images" in out
+    assert "box_head: 25 % of the outputs are zero for all proposals of 2 images" in out
     assert re.search(r"^AP [\d.]+  AP50 [\d.]+  AP75 [\d.]+  APs", out, re.M)
     table = [line.split() for line in out.splitlines()]
     assert ["all", "small", "medium", "large"] in table
     assert [row[0] for row in table if row[-2:] == ["-", "-"]] == STAGES  # no such objects
+    found = json.loads((tmp_path / "new/found.json").read_text())
+    assert found["dead units"] == {"box_head": 25} and list(found["recall"]) == STAGES
+    for stage, shares in found["recall"].items():
+        values = [f"{v:.1f}" if v is not None else "-" for v in shares.values()]
+        assert [stage, *values] in table
+    ap = found["mask AP with"]["ground-truth boxes and classes"]
+    assert f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}" in out and ap["APl"] is None
 
 
 def test_a_model_without_masks(tmp_path, capsys):
