@@ -206,7 +206,8 @@ class Trainer(TrainingLoop):
         cfg.defrost()
         # Detectron2 leaves out the steps after MAX_ITER, but fails at a step equal to MAX_ITER.
         cfg.SOLVER.STEPS = [step for step in steps if step < cfg.SOLVER.MAX_ITER]
-        if len(cfg.SOLVER.STEPS) < len(steps):
+        has_steps = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+        if has_steps and len(cfg.SOLVER.STEPS) < len(steps):
             logger.warning(
                 "SOLVER.STEPS is %s and SOLVER.MAX_ITER is %d: steps from MAX_ITER on are ignored.",
                 list(steps),

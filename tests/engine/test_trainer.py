@@ -118,6 +118,22 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(Trainer, "run_step", run_step)
 
 
+@pytest.mark.parametrize("scheduler", ["WarmupMultiStepLR", "WarmupCosineLR"])
+def test_steps_that_are_not_reached(caplog, scheduler):
+    """The cosine has no steps, so there is nothing to warn of."""
+    cfg = tiny_cfg(
+        *("SOLVER.MAX_ITER", 100, "SOLVER.STEPS", (40, 100, 150), "SOLVER.WARMUP_ITERS", 0),
+        *("SOLVER.LR_SCHEDULER_NAME", scheduler, "SOLVER.BASE_LR", 1.0),
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = Trainer.build_lr_scheduler(cfg, optimizer)
+    for _ in range(50):
+        optimizer.step(), schedule.step()
+    stepped = scheduler == "WarmupMultiStepLR"
+    assert schedule.get_last_lr() == [pytest.approx(0.1 if stepped else 0.5)]
+    assert ("steps from MAX_ITER on are ignored" in caplog.text) == stepped
+
+
 class TestResume:
     OPTS = (
         *("SEED", 3),
