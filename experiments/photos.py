@@ -3,8 +3,8 @@ Cross-validation by photo. Images that are crops of one photo are not independen
 never in training and validation at once, and intervals come from drawing photos.
 
 folds: split a dataset into folds, with a config for each. compare: pool the detections of all folds
-for each model and seed, and write the AP of each model and the differences, with intervals, as
-JSON.
+for each model and seed. Write the AP of each model and the differences, with intervals, as JSON,
+and a plot of AP by IoU and by size beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from experiments.ablation.rungs import RUNGS
 from experiments.files import write_json
 from panet_d2 import cli
+from panet_d2.analysis.plots import pyplot, save_figure
 from panet_d2.checkpoint import atomic_open
 from panet_d2.data.register import datasets_folder
 from panet_d2.errors import DataError
@@ -33,6 +35,7 @@ from panet_d2.errors import DataError
 __all__ = ["compare", "make_folds", "read_dataset"]
 
 SPLITS = ("train", "val")
+IOUS = [f"AP{iou}" for iou in range(50, 100, 5)]
 # Sides of an object as a multiple of the median side of its image's objects.
 SIZES = {"all": (0.0, 1e5), "smaller": (0.0, 0.5), "similar": (0.5, 2.0), "larger": (2.0, 1e5)}
 
@@ -231,9 +234,27 @@ def compare(
 def _summary(runs: Dict[int, _Evaluated]) -> Dict[str, Any]:
     tables = {seed: run.precision() for seed, run in runs.items()}
     table = np.mean(list(tables.values()), axis=0)
-    ious = {f"AP{iou}": float(table[(iou - 50) // 5, 0]) for iou in range(50, 100, 5)}
+    ious = {name: float(ap) for name, ap in zip(IOUS, table[:, 0])}
     by_size = {f"AP {size}": float(ap) for size, ap in zip(SIZES, _mean(table, axis=0))}
     return {"seeds": {s: float(_mean(t[:, 0])) for s, t in tables.items()}, **by_size, **ious}
+
+
+def plot(result: Dict[str, Any], path: str) -> None:
+    """Plot the AP of each model of :func:`compare` by IoU and by size."""
+    figure, (by_iou, by_size) = pyplot().subplots(1, 2, figsize=(10, 4))
+    sizes = [f"AP {size}" for size in SIZES]
+    width = 0.8 / len(result["models"])
+    for i, (name, ap) in enumerate(result["models"].items()):
+        label = RUNGS[name].title if name in RUNGS else name
+        by_iou.plot(np.arange(50, 100, 5) / 100, [ap[key] for key in IOUS], "-o", label=label)
+        places = np.arange(len(sizes)) + (i + 0.5) * width - 0.4
+        by_size.bar(places, [ap[key] for key in sizes], width)
+    by_iou.set(xlabel="IoU", ylabel="mask AP")
+    by_iou.set_ylim(bottom=0)
+    by_iou.legend()
+    by_size.set(xlabel="size relative to the image's other objects", ylabel="mask AP")
+    by_size.set_xticks(range(len(sizes)), list(SIZES))
+    save_figure(figure, path)
 
 
 def write_folds(args: argparse.Namespace) -> None:
@@ -278,6 +299,7 @@ def write_comparison(args: argparse.Namespace) -> None:
         result = compare(truth, detections, args.models[0], args.limit, args.draws)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     write_json(args.output, result)
+    plot(result, os.path.splitext(args.output)[0] + ".png")
     for name, difference in result["differences"].items():
         print("{}: {mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(name, **difference))
 

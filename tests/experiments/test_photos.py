@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -159,3 +160,4 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["models"]["ours"]["AP90"] == pytest.approx(100)
     assert result["differences"]["ours"]["low"] > 0 and "ours: +" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out/result.png").size == (1200, 480)
