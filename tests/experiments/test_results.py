@@ -155,13 +155,60 @@ def test_planned_configs_in_the_docs():
         assert [row[1:] for row in rows if row[0].startswith("nuclei, planned")] == [summary], page
 
 
-def test_inference_options_in_the_docs():
-    models = json.loads((RESULTS / "inference/results.json").read_text())["models"]
+FOLDS = {"baseline": "Mask R-CNN", "ideas": "PANet-2fc"}  # models by the name of their rung
+STONES = "stones, four folds"
+
+
+@pytest.mark.parametrize("files, heading", [("fold", "## Runs"), ("sgd_fold", "## With SGD")])
+def test_table_of_the_folds_is_that_of_the_runs(files, heading):
+    expected = []
+    for path in sorted((RESULTS / "granular").glob(f"{files}*.json")):
+        run = json.loads(path.read_text())
+        name = [path.stem[len(files)], FOLDS[run["rung"]], str(run["seed"])]
+        keys = [f"{task}/AP{iou}" for task in ("segm", "bbox") for iou in ("", "75")]
+        expected.append([*name, *(f"{run['results'][key]:.1f}" for key in keys)])
+    assert table((RESULTS / "granular/README.md").read_text(), heading) == expected
+
+
+def test_diagnosis_of_the_folds():
+    expected = []
+    for path in sorted((RESULTS / "granular").glob("diagnosis_*.json")):
+        found = json.loads(path.read_text())
+        _, fold, rung, _ = path.stem.split("_")
+        values = [found["recall"][s]["all"] for s in ("anchors", "proposals", "boxes", "masks")]
+        values += [ap["AP"] for ap in found["mask AP with"].values()]
+        expected.append([fold[len("fold") :], FOLDS[rung], *(f"{value:.1f}" for value in values)])
+    assert table((RESULTS / "granular/README.md").read_text(), "## Diagnosis") == expected
+
+
+def test_folds_in_the_docs():
+    found = json.loads((RESULTS / "granular/comparison.json").read_text())
+    columns = ("AP50", "AP75", "AP90", "AP smaller", "AP similar", "AP larger")
+    expected = []
+    for rung, name in FOLDS.items():
+        d = found["differences"].get(rung)
+        difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**d) if d else ""
+        ap = found["models"][rung]
+        expected.append(
+            [name, f"{ap['AP all']:.1f}", difference, *(f"{ap[c]:.1f}" for c in columns)]
+        )
+    for page in ("docs/results.md", "experiments/results/granular/README.md"):
+        assert table((ROOT / page).read_text(), "## Stones") == expected, page
+    seeds = len(found["models"]["baseline"]["seeds"])
+    summary = [STONES, *(row[1] for row in expected), "", str(seeds)]
+    for page, heading in (("docs/results.md", "## Summary"), ("README.md", "## What")):
+        rows = table((ROOT / page).read_text(), heading)
+        assert [row for row in rows if row[0].startswith("stones")] == [summary], page
+
+
+@pytest.mark.parametrize("data", ["nuclei", "stones"])
+def test_inference_options_in_the_docs(data):
+    models = json.loads((RESULTS / f"inference/{data}.json").read_text())["models"]
     base, ours = models["Mask R-CNN"], models["PANet-2fc"]
     expected = [
         [name, f"{base[name]['forward passes']}"]
         + [f"{rows[name][f'{task} AP']:.1f}" for rows in (base, ours) for task in ("box", "mask")]
         for name in ours
     ]
-    rows = table((ROOT / "docs/inference.md").read_text(), "## What each option gives")
+    rows = table((ROOT / "docs/inference.md").read_text(), f"### {data.title()}")
     assert rows == expected
