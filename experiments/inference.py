@@ -23,9 +23,8 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from experiments.benchmark.report import describe_machine
-from experiments.files import write_json
 from panet_d2 import cli
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import atomic_open, write_json
 from panet_d2.engine import Trainer, load_strict, setup_config
 from panet_d2.errors import ConfigError
 from panet_d2.evaluation import build_evaluator

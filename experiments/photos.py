@@ -25,10 +25,9 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from experiments.ablation.rungs import RUNGS
-from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.analysis.plots import pyplot, save_figure
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import atomic_open, write_json
 from panet_d2.data.register import datasets_folder
 from panet_d2.errors import DataError
 

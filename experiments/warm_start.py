@@ -21,9 +21,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from experiments.files import write_json
 from panet_d2 import cli
 from panet_d2.analysis import evaluations, read_history
+from panet_d2.checkpoint import write_json
 from panet_d2.checkpoint.convert import convert
 from panet_d2.data import build_training_sample_loader
 from panet_d2.engine import Trainer, load_strict, setup_config

@@ -9,7 +9,6 @@ share of dead units in its box head.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Dict, List, Optional
@@ -26,7 +25,7 @@ from panet_d2.analysis import (
     evaluate_true_boxes,
     ground_truth,
 )
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.errors import ConfigError
@@ -34,11 +33,6 @@ from panet_d2.modeling.check_model import finds_oriented_boxes
 from panet_d2.planning import anchor_recall, measure
 
 AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def known(values: Dict[str, float]) -> Dict[str, Optional[float]]:
-    """NaN, which JSON does not have, becomes None."""
-    return {key: None if value != value else value for key, value in values.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -65,11 +59,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
     inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
-    dead = {head: 100 * float(d.float().mean()) for head, d in dead_units(model, inputs).items()}
-    for head, share in dead.items():
+    shares_dead = {}
+    for head, dead in dead_units(model, inputs).items():
+        shares_dead[head] = 100 * float(dead.float().mean())
         print(
-            f"{head}: {share:.0f} % of the outputs are zero for all proposals of {len(records)} "
-            f"images of {name}"
+            f"{head}: {shares_dead[head]:.0f} % of {dead.numel()} outputs are zero for "
+            f"all proposals of {len(records)} images of {name}"
         )
     print(f"recall of the objects of {name} at IoU 0.5, in percent:")
     stages = {}
@@ -82,25 +77,22 @@ def main(argv: Optional[List[str]] = None) -> None:
         for stage, shares in stages.items()
     ]
     print(tabulate(rows, ["", *stages["proposals"]], "plain", disable_numparse=True))
-    masks = {}
+    masks: Dict[str, Dict[str, float]] = {}
+
+    def report(given: str, ap: Dict[str, float]) -> None:
+        masks[given] = {key: ap[key] for key in AP}
+        print(f"mask AP on {name} with {given}:")
+        print("  ".join(f"{key} {value:.1f}" for key, value in masks[given].items()))
+
     if cfg.MODEL.MASK_ON:
-        masks["ground-truth boxes and classes"] = evaluate_true_boxes(cfg, model, name)
+        report("ground-truth boxes and classes", evaluate_true_boxes(cfg, model, name))
     if args.boxes_of:
         other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
-        given = f"the boxes, classes and scores of {args.boxes_of}"
-        masks[given] = evaluate_boxes_of(cfg, model, other, name)
-    for given, ap in masks.items():
-        print(f"mask AP on {name} with {given}:")
-        print("  ".join(f"{key} {ap[key]:.1f}" for key in AP))
+        ap = evaluate_boxes_of(cfg, model, other, name)
+        report(f"the boxes, classes and scores of {args.boxes_of}", ap)
     if args.output:
-        content = {
-            "dataset": name,
-            "dead units": dead,
-            "recall": {stage: known(shares) for stage, shares in stages.items()},
-            "mask AP with": {given: known({k: ap[k] for k in AP}) for given, ap in masks.items()},
-        }
-        with atomic_open(args.output) as f:
-            json.dump(content, f, indent=1, allow_nan=False)
+        content = {"dataset": name, "dead units": shares_dead}
+        write_json(args.output, {**content, "recall": stages, "mask AP with": masks})
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from experiments.benchmark.models import (
 )
 from experiments.benchmark.tasks import inference, training_step
 from experiments.benchmark.timing import interleaved
-from experiments.files import write_json
 from panet_d2 import cli
+from panet_d2.checkpoint import write_json
 from panet_d2.engine import setup_config
 from panet_d2.engine.hooks import STOPPED
 from panet_d2.errors import DataError

@@ -19,9 +19,8 @@ from typing import IO, Callable, Dict, List, Optional, Sequence, Set
 import torch
 from tqdm import tqdm
 
-from experiments.files import write_json
 from panet_d2.analysis import evaluations, losses, read_history
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import atomic_open, write_json
 from panet_d2.checkpoint.safe_load import load_untrusted
 from panet_d2.errors import PanetError
 

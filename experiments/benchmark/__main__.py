@@ -27,9 +27,8 @@ from experiments.benchmark.op import benchmark_op
 from experiments.benchmark.report import describe_machine, markdown, plot
 from experiments.benchmark.tasks import inference, training_step
 from experiments.benchmark.timing import interleaved, peak_memory
-from experiments.files import write_json
 from panet_d2 import cli
-from panet_d2.checkpoint import atomic_open
+from panet_d2.checkpoint import atomic_open, write_json
 from panet_d2.engine import setup_config
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "configs")

@@ -1,4 +1,4 @@
-from .atomic import atomic_open
+from .atomic import atomic_open, write_json
 from .strict_checkpoint import RunCheckpointer, StrictCheckpointer
 
-__all__ = ["RunCheckpointer", "StrictCheckpointer", "atomic_open"]
+__all__ = ["RunCheckpointer", "StrictCheckpointer", "atomic_open", "write_json"]

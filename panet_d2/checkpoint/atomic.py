@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -36,6 +38,21 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         if isinstance(e, OSError) and e.filename == unfinished:
             e.filename = path  # the name that the user knows
         raise
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write a JSON file with :func:`atomic_open`. NaN, which JSON does not have, becomes null."""
+    with atomic_open(path) as f:
+        json.dump(_without_nan(content), f, indent=1, allow_nan=False)
+        f.write("\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 class AtomicPathManager:

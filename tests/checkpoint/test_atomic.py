@@ -1,8 +1,11 @@
+import json
+import math
 import os
 
+import numpy as np
 import pytest
 
-from panet_d2.checkpoint.atomic import AtomicPathManager, atomic_open
+from panet_d2.checkpoint.atomic import AtomicPathManager, atomic_open, write_json
 
 
 @pytest.mark.parametrize("mode, content", [("w", "new"), ("wb", b"new")])
@@ -60,3 +63,9 @@ def test_only_local_writing_is_ours(tmp_path):
         f.write("x")
     assert [mode for _, mode in Other.opened] == ["wb", "rb", "r"]
     assert (tmp_path / "a").read_text() == "x" and manager.isfile("x")
+
+
+def test_nan_becomes_null(tmp_path):
+    write_json(str(tmp_path / "x.json"), {"a": [math.nan, {"b": (1.5, np.float64("nan"))}], 2: "c"})
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found == {"a": [None, {"b": [1.5, None]}], "2": "c"}

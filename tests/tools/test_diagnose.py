@@ -42,7 +42,7 @@ def test_what_it_says(tmp_path, capsys):
     command = ["--config-file", write_run(tmp_path), "--number", "2"]
     assert cli.run(diagnose.main, [*command, "--output", str(tmp_path / "new/found.json")]) == 0
     out = capsys.readouterr().out
-    assert "box_head: 25 % of the outputs are zero for all proposals of 2 images" in out
+    assert "box_head: 25 % of 48 outputs are zero for all proposals of 2 images" in out
     assert re.search(r"^AP [\d.]+  AP50 [\d.]+  AP75 [\d.]+  APs", out, re.M)
     table = [line.split() for line in out.splitlines()]
     assert ["all", "small", "medium", "large"] in table
