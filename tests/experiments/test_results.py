@@ -171,6 +171,14 @@ def test_diagnosis_of_the_folds():
     assert table((RESULTS / "granular/README.md").read_text(), "## Diagnosis") == expected
 
 
+def test_ground_truth_boxes_with_sgd():
+    text = (RESULTS / "granular/README.md").read_text().replace("\n", " ")
+    for rung, name in FOLDS.items():
+        path = RESULTS / f"granular/sgd_diagnosis_fold1_{rung}_seed1.json"
+        ap = json.loads(path.read_text())["mask AP with"]["ground-truth boxes and classes"]["AP"]
+        assert re.search(rf"{name}( had)? {ap:.1f}", text)
+
+
 def test_folds_in_the_docs():
     found = json.loads((RESULTS / "granular/comparison.json").read_text())
     short = ("AP75", "AP smaller", "AP similar", "AP larger")
