@@ -134,6 +134,7 @@ _RULES: Dict[str, Rule] = {
     "MODEL.*.POOLER_SAMPLING_RATIO": _whole(0, 1000),
     "MODEL.*.NUM_FC": _LAYERS,
     "MODEL.*.NUM_CONV*": _LAYERS,
+    "MODEL.*.LR_FACTOR": _POSITIVE,
     "MODEL.*_DIM": _WIDTH,
     "MODEL.*_CHANNELS": _WIDTH,
     "MODEL.*RESOLUTION": _GRID,

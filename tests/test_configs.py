@@ -198,8 +198,9 @@ def use_everything(cfg: CfgNode) -> None:
 
 
 def use(key: str, cfg: CfgNode) -> None:
-    # The keys of inference are read after training, so they are checked before.
-    check_values(cfg) if key.startswith("TEST.") else use_everything(cfg)
+    # Numbers and the keys of inference, which are read after training, are checked before.
+    checked = key.startswith("TEST.") or key.endswith("LR_FACTOR")
+    check_values(cfg) if checked else use_everything(cfg)
 
 
 @pytest.mark.parametrize("key", sorted({*leaves(default_config())} - {*leaves(get_cfg())}))

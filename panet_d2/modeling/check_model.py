@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, reduce
 from typing import Any, List, Optional
 
 from detectron2.config import CfgNode
@@ -34,6 +34,7 @@ logger = logging.getLogger("panet_d2")
 # Keys that only panet_d2.engine.Trainer reads, with the values that have no effect.
 _TRAINER_KEYS = {
     "SOLVER.OPTIMIZER": "SGD",
+    "MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR": 1.0,
     "INPUT.SAME_SIZE_PER_BATCH": False,
     "DATASETS.REGISTER_COCO": (),
     "DATASETS.CHECK_IMAGES": True,
@@ -116,8 +117,8 @@ def check_model(cfg: CfgNode) -> None:
     if cfg.TEST.AUG.ENABLED:
         _augmented.append("TEST.AUG.ENABLED")
     for key, nothing in _TRAINER_KEYS.items():
-        group, name = key.split(".")
-        value = cfg[group].get(name, nothing)
+        *nodes, name = key.split(".")
+        value = reduce(lambda node, part: node.get(part, {}), nodes, cfg).get(name, nothing)
         if name == "REGISTER_COCO":
             value = tuple(entry for entry in value if entry[0] not in DatasetCatalog)
         if value != nothing:

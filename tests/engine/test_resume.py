@@ -45,7 +45,8 @@ def test_schedule_goes_on_where_it_is(config_file):
     "opts, message",
     [
         (["SOLVER.OPTIMIZER", "ADAMW"], "SOLVER.OPTIMIZER must stay"),
-        (["SOLVER.BIAS_LR_FACTOR", "2.0"], "BIAS_LR_FACTOR must stay"),
+        (["SOLVER.BIAS_LR_FACTOR", "2.0"], "BIAS_LR_FACTOR .* must stay"),
+        (["MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR", "0.5"], "FC_FUSION.LR_FACTOR must stay"),
     ],
 )
 def test_state_of_another_optimizer_is_rejected(config_file, opts, message):

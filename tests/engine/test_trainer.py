@@ -442,6 +442,17 @@ class TestOptimizer:
         optimizer.step()
         assert stem.weight.grad.norm() <= 2e-6  # clipped
 
+    @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+    def test_fully_connected_fusion_has_its_own_rate(self, name):
+        cfg = tiny_cfg("SOLVER.OPTIMIZER", name, "SOLVER.BASE_LR", 0.5)
+        cfg.MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR = 0.25
+        model = build_model(cfg)
+        expected = {id(p): 0.5 for p in model.parameters() if p.requires_grad}
+        fusion = model.roi_heads.mask_head.fc_fusion
+        expected.update({id(p): 0.125 for p in fusion.fc.parameters()})
+        rates = options_by_parameter(Trainer.build_optimizer(cfg, model))
+        assert {p: options["lr"] for p, options in rates.items()} == expected
+
     def test_unknown(self):
         cfg = tiny_cfg("SOLVER.OPTIMIZER", "LION")
         with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER.*'LION'.*'SGD', 'ADAMW'"):

@@ -65,6 +65,7 @@ def is_list(value: Any, accepts) -> bool:
 
 # The keys that accept numbers, or lists of them.
 NUMBERS = {
+    "MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR": is_positive,
     "TEST.AUG.ROTATIONS": lambda v: is_list(v, lambda a: type(a) is int and a in (90, 180, 270)),
     "TEST.AUG.ASPECT_RATIOS": lambda v: is_list(v, is_positive),
     "TEST.AUG.BOX_SIZES": lambda v: (

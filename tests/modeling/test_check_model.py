@@ -109,6 +109,7 @@ def test_architectures_by_what_they_derive_from():
     "key, value",
     [
         ("SOLVER.OPTIMIZER", "ADAMW"),
+        ("MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR", 0.5),
         ("INPUT.SAME_SIZE_PER_BATCH", True),
         ("DATASETS.REGISTER_COCO", [["nowhere", "a.json", "images"]]),
         ("DATASETS.CHECK_IMAGES", False),
