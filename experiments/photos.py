@@ -4,7 +4,7 @@ never in training and validation at once, and intervals come from drawing photos
 
 folds: split a dataset into folds, with a config for each. compare: pool the detections of all folds
 for each model and seed. Write the AP of each model and the differences, with intervals, as JSON,
-and a plot of AP by IoU and by size beside it.
+and a plot of AP by IoU and by size beside it. Print a table.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from io import StringIO
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import pandas as pd
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -35,6 +36,7 @@ __all__ = ["compare", "make_folds", "read_dataset"]
 
 SPLITS = ("train", "val")
 IOUS = [f"AP{iou}" for iou in range(50, 100, 5)]
+TITLES = {"ideas": "PANet-2fc", "heavy_ideas": "PANet-4conv1fc"}  # other rungs have theirs
 # Sides of an object as a multiple of the median side of its image's objects.
 SIZES = {"all": (0.0, 1e5), "smaller": (0.0, 0.5), "similar": (0.5, 2.0), "larger": (2.0, 1e5)}
 
@@ -238,14 +240,34 @@ def _summary(runs: Dict[int, _Evaluated]) -> Dict[str, Any]:
     return {"seeds": {s: float(_mean(t[:, 0])) for s, t in tables.items()}, **by_size, **ious}
 
 
+def title(model: str) -> str:
+    """Name of a model in tables and plots."""
+    return TITLES.get(model) or (RUNGS[model].title if model in RUNGS else model)
+
+
+def table(result: Dict[str, Any]) -> str:
+    """Markdown table of the models of :func:`compare`."""
+    columns = ("AP50", "AP75", "AP90", *(f"AP {size}" for size in list(SIZES)[1:]))
+    baseline = title(result["baseline"])
+    rows = []
+    for name, ap in result["models"].items():
+        d = result["differences"].get(name)
+        difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**d) if d else ""
+        row = {"model": title(name), "mask AP": f"{ap['AP all']:.1f}"}
+        row[f"from {baseline}"] = difference
+        rows.append({**row, **{key.removeprefix("AP "): f"{ap[key]:.1f}" for key in columns}})
+    cells = pd.DataFrame(rows)  # text: tabulate would print 67.0 as 67
+    return str(cells.to_markdown(index=False, tablefmt="github", disable_numparse=True))
+
+
 def plot(result: Dict[str, Any], path: str) -> None:
     """Plot the AP of each model of :func:`compare` by IoU and by size."""
     figure, (by_iou, by_size) = pyplot().subplots(1, 2, figsize=(10, 4))
     sizes = [f"AP {size}" for size in SIZES]
     width = 0.8 / len(result["models"])
     for i, (name, ap) in enumerate(result["models"].items()):
-        label = RUNGS[name].title if name in RUNGS else name
-        by_iou.plot(np.arange(50, 100, 5) / 100, [ap[key] for key in IOUS], "-o", label=label)
+        aps = [ap[key] for key in IOUS]
+        by_iou.plot(np.arange(50, 100, 5) / 100, aps, "-o", label=title(name))
         places = np.arange(len(sizes)) + (i + 0.5) * width - 0.4
         by_size.bar(places, [ap[key] for key in sizes], width)
     by_iou.set(xlabel="IoU", ylabel="mask AP")
@@ -299,8 +321,7 @@ def write_comparison(args: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     write_json(args.output, result)
     plot(result, os.path.splitext(args.output)[0] + ".png")
-    for name, difference in result["differences"].items():
-        print("{}: {mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(name, **difference))
+    print(table(result))
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -159,5 +160,7 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     assert cli.run(photos.main, compare) == 0
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["models"]["ours"]["AP90"] == pytest.approx(100)
-    assert result["differences"]["ours"]["low"] > 0 and "ours: +" in capsys.readouterr().out
+    assert result["differences"]["ours"]["low"] > 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ours +\| 100\.0 +\| \+\d", printed) and "| from base" in printed
     assert Image.open(tmp_path / "out/result.png").size == (1200, 480)
