@@ -186,6 +186,26 @@ def test_what_was_tried():
     assert [row[1:] for row in rows] == expected
 
 
+def test_learning_rate_of_fully_connected_fusion():
+    page = (ROOT / "docs/results.md").read_text()
+    expected, ap = [], {}
+    for name in ("fold1", "tried_slow_fc", "tried_long"):
+        for rung in FOLDS:
+            path = RESULTS / f"granular/{name}_{rung}_seed1.json"
+            if path.exists():
+                ap[rung] = json.loads(path.read_text())["results"]
+        values = [ap[rung]["segm/AP"] for rung in FOLDS]
+        expected.append([f"{v:.1f}" for v in values] + [f"{values[1] - values[0]:+.1f}"])
+    rows = table(page, "### The learning rate of fully-connected")
+    assert [row[1:] for row in rows] == expected
+    before, after = (
+        json.loads((RESULTS / f"granular/{name}_ideas_seed1.json").read_text())["results"]
+        for name in ("fold1", "tried_slow_fc")
+    )
+    mask, box = (f"{after[f'{t}/AP'] - before[f'{t}/AP']:.1f}" for t in ("segm", "bbox"))
+    assert page.count(f"gains {mask} mask AP and {box} box AP") == 2
+
+
 def test_diagnosis_of_the_folds():
     expected = []
     for path in sorted((RESULTS / "granular").glob("diagnosis_*.json")):
