@@ -19,12 +19,12 @@ from io import StringIO
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-import pandas as pd
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from experiments.ablation.report import Difference, markdown, with_interval
 from experiments.ablation.rungs import RUNGS
 from panet_d2 import cli
 from panet_d2.analysis.plots import pyplot, save_figure
@@ -252,12 +252,11 @@ def table(result: Dict[str, Any]) -> str:
     rows = []
     for name, ap in result["models"].items():
         d = result["differences"].get(name)
-        difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**d) if d else ""
+        difference = Difference(d["mean"], d["low"], d["high"]) if d else None
         row = {"model": title(name), "mask AP": f"{ap['AP all']:.1f}"}
-        row[f"from {baseline}"] = difference
+        row[f"from {baseline}"] = with_interval(difference)
         rows.append({**row, **{key.removeprefix("AP "): f"{ap[key]:.1f}" for key in columns}})
-    cells = pd.DataFrame(rows)  # text: tabulate would print 67.0 as 67
-    return str(cells.to_markdown(index=False, tablefmt="github", disable_numparse=True))
+    return markdown(rows)
 
 
 def plot(result: Dict[str, Any], path: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections import defaultdict
 from math import isnan, nan
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import pandas as pd
 from scipy.stats import ttest_rel
@@ -20,10 +20,12 @@ from .runner import differing_key
 __all__ = [
     "Difference",
     "load_results",
+    "markdown",
     "paired_difference",
     "plot_curves",
     "plot_differences",
     "table",
+    "with_interval",
 ]
 
 Results = Dict[str, Dict[int, dict]]  # by rung and seed
@@ -137,11 +139,11 @@ def table(results: Results, models: Dict[str, dict]) -> str:
             runs = pd.DataFrame(list(results[name].values()))
             row = {"model": rung.title, "seeds": len(runs)}
             row["mask AP"] = _mean_and_error(_by_seed(results, name, "segm/AP"))
-            compared = _with_interval(_difference(results, name, rung.compared_with))
+            compared = with_interval(_difference(results, name, rung.compared_with))
             if group == "ladder":
                 row["from the row above [95 %]"] = compared
                 baseline = _BASELINE if name != _BASELINE else ""
-                row[f"from {LADDER[_BASELINE].title} [95 %]"] = _with_interval(
+                row[f"from {LADDER[_BASELINE].title} [95 %]"] = with_interval(
                     _difference(results, name, baseline)
                 )
             else:
@@ -156,11 +158,14 @@ def table(results: Results, models: Dict[str, dict]) -> str:
             row["GFLOPs"] = _number(model.get("gflops", nan))
             rows.append(row)
         if rows:
-            # The cells are text: tabulate would print 67.0 as 67.
-            cells = pd.DataFrame(rows)
-            lines += [f"### {_GROUP_TITLES[group]}", ""]
-            lines += [cells.to_markdown(index=False, tablefmt="github", disable_numparse=True), ""]
+            lines += [f"### {_GROUP_TITLES[group]}", "", markdown(rows), ""]
     return "\n".join(lines)
+
+
+def markdown(rows: List[Dict[str, Any]]) -> str:
+    """Markdown table of rows, whose cells are text: tabulate would print 67.0 as 67."""
+    cells = pd.DataFrame(rows)
+    return str(cells.to_markdown(index=False, tablefmt="github", disable_numparse=True))
 
 
 def _number(value: float) -> str:
@@ -172,7 +177,8 @@ def _mean_and_error(values: pd.Series) -> str:
     return f"{values.mean():.1f}" if isnan(error) else f"{values.mean():.1f} ± {error:.1f}"
 
 
-def _with_interval(d: Optional[Difference]) -> str:
+def with_interval(d: Optional[Difference]) -> str:
+    """Text of a difference and its interval; empty for None."""
     if d is None:
         return ""
     return _signed(d.mean) + ("" if isnan(d.low) else f" [{_signed(d.low)}, {_signed(d.high)}]")

@@ -159,7 +159,22 @@ def test_table_of_the_folds_is_that_of_the_runs():
     assert table((RESULTS / "granular/README.md").read_text(), "## Runs") == expected
 
 
-# Files of the rows. The Mask R-CNN of a row without one is that of the row above.
+def trainings(*names):
+    """
+    Results of Mask R-CNN and PANet-2fc in each training, and their files. A training without a
+    Mask R-CNN of its own is compared with that of the training before.
+    """
+    results, files, current = [], set(), {}
+    for name in names:
+        for rung in FOLDS:
+            path = RESULTS / f"granular/{name}_{rung}_seed1.json"
+            if path.exists():
+                files.add(path)
+                current[rung] = json.loads(path.read_text())["results"]
+        results.append(tuple(current[rung] for rung in FOLDS))
+    return results, files
+
+
 TRIED = (
     "tried_sgd",
     "fold1",
@@ -171,16 +186,11 @@ TRIED = (
 
 
 def test_what_was_tried():
-    expected, files, ap = [], set(), {}
-    for name in TRIED:
-        for rung in FOLDS:
-            path = RESULTS / f"granular/{name}_{rung}_seed1.json"
-            if path.exists():
-                files.add(path)
-                result = json.loads(path.read_text())["results"]
-                ap[rung] = (result["bbox/AP"], result["segm/AP"])
-        cells = [f"{value:.1f}" for rung in FOLDS for value in ap[rung]]
-        expected.append([*cells, f"{ap['ideas'][1] - ap['baseline'][1]:+.1f}"])
+    results, files = trainings(*TRIED)
+    expected = []
+    for base, ours in results:
+        cells = [f"{ap[key]:.1f}" for ap in (base, ours) for key in ("bbox/AP", "segm/AP")]
+        expected.append([*cells, f"{ours['segm/AP'] - base['segm/AP']:+.1f}"])
     assert files >= set((RESULTS / "granular").glob("tried_*.json"))
     rows = table((RESULTS / "granular/README.md").read_text(), "## What was tried")
     assert [row[1:] for row in rows] == expected
@@ -188,21 +198,15 @@ def test_what_was_tried():
 
 def test_learning_rate_of_fully_connected_fusion():
     page = (ROOT / "docs/results.md").read_text()
-    expected, ap = [], {}
-    for name in ("fold1", "tried_slow_fc", "tried_long"):
-        for rung in FOLDS:
-            path = RESULTS / f"granular/{name}_{rung}_seed1.json"
-            if path.exists():
-                ap[rung] = json.loads(path.read_text())["results"]
-        values = [ap[rung]["segm/AP"] for rung in FOLDS]
-        expected.append([f"{v:.1f}" for v in values] + [f"{values[1] - values[0]:+.1f}"])
+    results, _ = trainings("fold1", "tried_slow_fc", "tried_long")
+    expected = []
+    for base, ours in results:
+        base_ap, ap = base["segm/AP"], ours["segm/AP"]
+        expected.append([f"{base_ap:.1f}", f"{ap:.1f}", f"{ap - base_ap:+.1f}"])
     rows = table(page, "### The learning rate of fully-connected")
     assert [row[1:] for row in rows] == expected
-    before, after = (
-        json.loads((RESULTS / f"granular/{name}_ideas_seed1.json").read_text())["results"]
-        for name in ("fold1", "tried_slow_fc")
-    )
-    mask, box = (f"{after[f'{t}/AP'] - before[f'{t}/AP']:.1f}" for t in ("segm", "bbox"))
+    (_, before), (_, after), _ = results
+    mask, box = (f"{after[key] - before[key]:.1f}" for key in ("segm/AP", "bbox/AP"))
     assert page.count(f"gains {mask} mask AP and {box} box AP") == 2
 
 
