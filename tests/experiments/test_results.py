@@ -177,10 +177,10 @@ def trainings(*names):
 
 TRIED = (
     "tried_sgd",
-    "fold1",
+    "tried_adamw",
     "tried_slow_fc",
     "tried_slow_linear",
-    "tried_one_image",
+    "fold1",
     "tried_long",
 )
 
@@ -191,14 +191,14 @@ def test_what_was_tried():
     for base, ours in results:
         cells = [f"{ap[key]:.1f}" for ap in (base, ours) for key in ("bbox/AP", "segm/AP")]
         expected.append([*cells, f"{ours['segm/AP'] - base['segm/AP']:+.1f}"])
-    assert files >= set((RESULTS / "granular").glob("tried_*.json"))
+    assert files >= set((RESULTS / "granular").glob("tried_*_seed1.json"))
     rows = table((RESULTS / "granular/README.md").read_text(), "## What was tried")
     assert [row[1:] for row in rows] == expected
 
 
 def test_learning_rate_of_fully_connected_fusion():
     page = (ROOT / "docs/results.md").read_text()
-    results, _ = trainings("fold1", "tried_slow_fc", "tried_long")
+    results, _ = trainings("tried_adamw", "tried_slow_fc", "tried_long")
     expected = []
     for base, ours in results:
         base_ap, ap = base["segm/AP"], ours["segm/AP"]
