@@ -124,9 +124,9 @@ def _panet_config() -> CN:
     # Add a ReLU after the linear layer, so that the fully-connected path can only increase the
     # logits. The authors' release has this ReLU. The paper does not mention one.
     _C.MODEL.ROI_MASK_HEAD.FC_FUSION.RELU = False
-    # Multiply the learning rate of the linear layer by this factor. With AdamW, choose 0.1: Adam
-    # changes each weight by about the learning rate, and this layer has 98 * CONV_DIM inputs, more
-    # than any other layer. Read by panet_d2.engine.Trainer.
+    # Multiply the learning rate of the linear layer by this factor. With AdamW, choose 0.1 for
+    # CONV_DIM 128 or more: Adam changes each weight by about the learning rate, and this layer has
+    # 98 * CONV_DIM inputs. With fewer inputs the factor gains little, or loses (docs/results.md). Read by panet_d2.engine.Trainer.
     _C.MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR = 1.0
 
     # ---------------------------------------------------------------------------------------- #

@@ -40,6 +40,12 @@ _STRIDES_PER_ANCHOR = 3
 # Anchors change only if the share of objects with an IoU of 0.5 gains the first number, or if this
 # share stays and the share with an IoU of 0.7 gains the second number.
 _WORTH_IT = (0.01, 0.05)
+# Below the first share of objects with an IoU of 0.5, more anchors are tried, up to the second.
+# Detectron2's have 86 to 88 % of COCO's objects.
+_COVERED = (0.84, 0.95)
+# An anchor has an IoU of 0.5 with boxes of its area whose ratio is 0.44 to 2.25 times its own.
+# Ratios a factor of 2 apart therefore leave no gap.
+_MORE_RATIOS = [[0.25, 0.5, 1.0, 2.0, 4.0]]
 _MOST_PROPOSALS = 4000  # unless three for each object are more
 _LOST = 0.01  # share of objects that NMS may suppress
 
@@ -131,14 +137,14 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
         doubt = "only anchors on several levels of an FPN are planned"
     if doubt or strides is None:
         return keep(cfg, doubt, *keys)
-    planned = (
-        _sizes(scaled_sides(cfg, data), cfg, strides),
-        [[round(float(r), 2) for r in np.quantile(data.aspect_ratios, [1 / 6, 1 / 2, 5 / 6])]],
-    )
-    if len(np.ravel(get(cfg, keys[1]))) != 3 or len(set(planned[1][0])) != 3:
-        planned = planned[0], get(cfg, keys[1])  # another number of ratios is a user's choice
+    sides, sizes = scaled_sides(cfg, data), cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    count = len(sizes[0]) if isinstance(sizes[0], (list, tuple)) else len(sizes)
+    ratios = [[round(float(r), 2) for r in np.quantile(data.aspect_ratios, [1 / 6, 1 / 2, 5 / 6])]]
+    own_ratios = len(np.ravel(get(cfg, keys[1]))) != 3  # a user's choice
+    if own_ratios or len(set(ratios[0])) != 3:
+        ratios = get(cfg, keys[1])
     trial, choices = cfg.clone(), {}
-    for key, value in zip(keys, planned):
+    for key, value in zip(keys, (_sizes(sides, count, strides), ratios)):
         before = _shares(trial, data)
         trial.merge_from_list([key, value])
         after = _shares(trial, data)
@@ -151,7 +157,33 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
             trial.merge_from_list([key, get(cfg, key)])
             reason = f"values from the boxes, {value}, gain little: {reason}"
             choices.update(keep(cfg, reason, key))
-    return choices
+    more: List[Dict[str, Any]] = [{keys[0]: _sizes(sides, max(count, 2), strides)}]
+    if not own_ratios:
+        more += [{keys[1]: _MORE_RATIOS}, {**more[0], keys[1]: _MORE_RATIOS}]
+    return {**choices, **_more_anchors(trial, data, more)}
+
+
+def _more_anchors(cfg: CfgNode, data: Fingerprint, steps: List[Dict[str, Any]]) -> Choices:
+    """
+    Return the first of the values in ``steps`` with which enough objects have an anchor, or else
+    the last. Return none if enough objects have one already, or if the values gain little.
+    """
+    before = _shares(cfg, data)[0]
+    if before >= _COVERED[0]:
+        return {}
+    for step in steps:
+        trial = cfg.clone()
+        trial.merge_from_list([part for choice in step.items() for part in choice])
+        after = _shares(trial, data)[0]
+        if after >= _COVERED[1]:
+            break
+    if after - before < _WORTH_IT[1]:
+        return {}
+    reason = (
+        f"IoU of 0.5 for {after:.1%} of the objects, with fewer anchors {before:.1%}; weights of "
+        "the RPN for other anchors do not fit"
+    )
+    return {key: Choice(value, reason) for key, value in step.items()}
 
 
 def _shares(cfg: CfgNode, data: Fingerprint) -> Tuple[float, float]:
@@ -160,27 +192,23 @@ def _shares(cfg: CfgNode, data: Fingerprint) -> Tuple[float, float]:
     return share_above(overlaps, 0.5), share_above(overlaps, 0.7)
 
 
-def _sizes(sides: np.ndarray, cfg: CfgNode, strides: List[int]) -> List[List[int]]:
+def _sizes(sides: np.ndarray, count: int, strides: List[int]) -> List[List[int]]:
     """
-    Return anchor sizes for objects of given sides.
+    Return anchor sizes, ``count`` for each level, for objects of given sides.
 
     An anchor has an IoU of 0.5 with squares whose side is the anchor's, times or divided by the
-    root of 2. Sizes a factor of 2 apart therefore leave no gap. The sizes double, starting at the
-    smallest objects. If the largest objects are out of reach, the sizes start higher, but nine of
-    ten objects keep an anchor.
+    root of 2. Sizes a factor of 2 apart therefore leave no gap. The sizes of one level and the next
+    are at least a factor of 2 apart, starting at the smallest objects. If the largest objects are
+    out of reach, the sizes start higher, but nine of ten objects keep an anchor.
     """
     smallest, small, large = np.quantile(sides, [0.05, SMALL, 0.98])
-    root, steps = 2**0.5, len(strides) - 1
+    root, steps = 2**0.5, len(strides) * count - 1
     finest = _STRIDES_PER_ANCHOR * strides[0]
     low = max(smallest, large / root / 2**steps)
     low = round(float(max(min(low, root * small), finest)))  # so that the sizes double exactly
-    step = max((large / root / low) ** (1 / steps), 2)
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    count = len(sizes[0]) if isinstance(sizes[0], (list, tuple)) else len(sizes)
-    return [
-        [round(float(low * step ** (level + i / count))) for i in range(count)]
-        for level in range(len(strides))
-    ]
+    step = max((large / root / low) ** (1 / steps), 2 ** (1 / count))
+    sizes = [round(float(low * step**i)) for i in range(steps + 1)]
+    return [sizes[i : i + count] for i in range(0, len(sizes), count)]
 
 
 def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:

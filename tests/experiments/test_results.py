@@ -210,6 +210,22 @@ def test_learning_rate_of_fully_connected_fusion():
     assert page.count(f"gains {mask} mask AP and {box} box AP") == 2
 
 
+def test_learning_rate_factor_on_other_data():
+    runs = json.loads((RESULTS / "granular/lr_factor.json").read_text())["runs"]
+    found = defaultdict(dict)
+    for run in runs:
+        ap = [f"{run[key]:.1f}" for key in ("segm/AP", "bbox/AP")]
+        found[run["data"], str(run["inputs"]), str(run["seed"])][run["factor"]] = ap
+    rows = table((RESULTS / "granular/README.md").read_text(), "### The factor on")
+    assert rows == [[*name, *ap[1.0], *ap[0.1]] for name, ap in found.items()]
+    changes = pd.DataFrame(runs).set_index(["data", "factor"]).groupby(level=[0, 1]).mean()
+    changes = changes.xs(0.1, level=1) - changes.xs(1.0, level=1)
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    for data, verb in (("nuclei", "gains"), ("demo", "loses")):
+        mask, box = (abs(changes[key][data]) for key in ("segm/AP", "bbox/AP"))
+        assert f"{verb} {mask:.1f} mask AP and {box:.1f} box AP" in page, (mask, box)
+
+
 def test_diagnosis_of_the_folds():
     expected = []
     for path in sorted((RESULTS / "granular").glob("diagnosis_*.json")):

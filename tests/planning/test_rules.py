@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from panet_d2.planning import Hardware, measure
@@ -138,6 +139,36 @@ def test_aspect_ratios_of_long_objects():
     boxes = [(100, 0, 40, 40)] * 6 + [(200, 0, 20, 80)] * 6 + [(300, 0, 20, 180)] * 6
     planned = plan_anchors(measure(content([(400, 400, boxes)] * 2)), sized(400), ROOMY)
     assert planned["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"].value == [[1, 4, 9]]
+
+
+def test_two_sizes_on_each_level_for_a_wide_range():
+    """From 15 to 1131 px: 800 / 15 is more than five levels, but not ten sizes, can double."""
+    sides = np.geomspace(15, 1131, 40)
+    planned = plan_anchors(measure(squares(sides, (1200, 1200))), sized(1200), ROOMY)
+    sizes = planned["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert np.shape(sizes.value) == (5, 2)
+    flat = np.ravel(sizes.value)
+    assert flat[0] < 20 and flat[-1] > 700 and (flat[1:] < 2 * flat[:-1]).all()
+    assert "fewer anchors" in sizes.reason
+    assert "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS" in planned
+    assert len(planned["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"].value[0]) == 3
+
+
+def test_more_aspect_ratios_for_boxes_of_all_shapes():
+    """A third, 1 and 3, the quantiles, miss the tenths of the boxes with an eighth and with 8."""
+    shapes = [(113, 14), (69, 23), *[(40, 40), (60, 60), (80, 80)] * 2, (23, 69), (14, 113)]
+    boxes = [(20 + 25 * i, 20 + 80 * (i % 3), *shape) for i, shape in enumerate(shapes)]
+    data = measure(content([(400, 400, boxes)] * 5))
+    cfg = sized(400, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0, 2.0]])
+    key = "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"
+    assert plan_anchors(data, cfg, ROOMY)[key].value == [[0.25, 0.5, 1.0, 2.0, 4.0]]
+
+
+def test_other_numbers_of_aspect_ratios_are_kept():
+    boxes = [(100, 0, 40, 40)] * 6 + [(200, 0, 20, 80)] * 6 + [(300, 0, 20, 180)] * 6
+    cfg = sized(400, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]])
+    planned = plan_anchors(measure(content([(400, 400, boxes)] * 2)), cfg, ROOMY)
+    assert planned["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"].value == [[1.0]]
 
 
 def test_anchors_that_fit_are_kept():
