@@ -126,7 +126,8 @@ def _panet_config() -> CN:
     _C.MODEL.ROI_MASK_HEAD.FC_FUSION.RELU = False
     # Multiply the learning rate of the linear layer by this factor. With AdamW, choose 0.1 for
     # CONV_DIM 128 or more: Adam changes each weight by about the learning rate, and this layer has
-    # 98 * CONV_DIM inputs. With fewer inputs the factor gains little, or loses (docs/results.md). Read by panet_d2.engine.Trainer.
+    # 98 * CONV_DIM inputs. With fewer inputs the factor gains little, or loses (docs/results.md).
+    # Read by panet_d2.engine.Trainer.
     _C.MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR = 1.0
 
     # ---------------------------------------------------------------------------------------- #
