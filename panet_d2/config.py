@@ -163,8 +163,8 @@ def _panet_config() -> CN:
     # ---------------------------------------------------------------------------------------- #
     # "SGD" (Detectron2's and the paper's) or "ADAMW". AdamW gets further in a few hundred steps
     # from scratch. With the 4conv1fc box head, AdamW needs a SOLVER.WARMUP_ITERS of a few hundred.
-    # Otherwise most units of the fc layer stay zero (experiments/results/ablation/README.md). With
-    # AdamW also set MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR. Read by panet_d2.engine.Trainer.
+    # Otherwise most units of the fc layer stay zero (experiments/results/ablation/README.md). See
+    # also MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR. Read by panet_d2.engine.Trainer.
     _C.SOLVER.OPTIMIZER = "SGD"
 
     # ---------------------------------------------------------------------------------------- #

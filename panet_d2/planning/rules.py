@@ -144,8 +144,8 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
     if own_ratios or len(set(ratios[0])) != 3:
         ratios = get(cfg, keys[1])
     trial, choices = cfg.clone(), {}
+    before = _shares(trial, data)
     for key, value in zip(keys, (_sizes(sides, count, strides), ratios)):
-        before = _shares(trial, data)
         trial.merge_from_list([key, value])
         after = _shares(trial, data)
         reason = f"IoU of 0.5, 0.7 for {after[0]:.1%}, {after[1]:.1%} of the objects at this scale"
@@ -153,24 +153,26 @@ def plan_anchors(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices
         if gains[0] >= _WORTH_IT[0] or (gains[0] > -_WORTH_IT[0] and gains[1] >= _WORTH_IT[1]):
             reason += f"; with the base's {before[0]:.1%}, {before[1]:.1%}"
             choices[key] = Choice(value, reason)
+            before = after
         else:
             trial.merge_from_list([key, get(cfg, key)])
             reason = f"values from the boxes, {value}, gain little: {reason}"
             choices.update(keep(cfg, reason, key))
+    if before[0] >= _COVERED[0]:
+        return choices
     more: List[Dict[str, Any]] = [{keys[0]: _sizes(sides, max(count, 2), strides)}]
     if not own_ratios:
         more += [{keys[1]: _MORE_RATIOS}, {**more[0], keys[1]: _MORE_RATIOS}]
-    return {**choices, **_more_anchors(trial, data, more)}
+    return {**choices, **_more_anchors(trial, data, before[0], more)}
 
 
-def _more_anchors(cfg: CfgNode, data: Fingerprint, steps: List[Dict[str, Any]]) -> Choices:
+def _more_anchors(
+    cfg: CfgNode, data: Fingerprint, before: float, steps: List[Dict[str, Any]]
+) -> Choices:
     """
     Return the first of the values in ``steps`` with which enough objects have an anchor, or else
-    the last. Return none if enough objects have one already, or if the values gain little.
+    the last. Return none if they gain little over the share ``before`` of the config.
     """
-    before = _shares(cfg, data)[0]
-    if before >= _COVERED[0]:
-        return {}
     for step in steps:
         trial = cfg.clone()
         trial.merge_from_list([part for choice in step.items() for part in choice])
