@@ -267,6 +267,74 @@ def test_folds_in_the_docs():
         assert [row for row in rows if row[0].startswith("stones")] == [summary], page
 
 
+def span(values, decimals=1):
+    """Smallest and largest value, as the docs write a range."""
+    return f"{min(values):.{decimals}f} to {max(values):.{decimals}f}"
+
+
+def gains_of_the_stones():
+    """AP that PANet-2fc has more than Mask R-CNN in each fold with each seed, by kind of AP."""
+    runs = {}
+    for path in (RESULTS / "granular").glob("fold*_seed*.json"):
+        run = json.loads(path.read_text())
+        runs[path.stem.split("_")[0], run["seed"], run["rung"]] = run["results"]
+    return {
+        key: [
+            ap[key] - runs[(*pair, "baseline")][key]
+            for (*pair, r), ap in runs.items()
+            if r == "ideas"
+        ]
+        for key in ("segm/AP", "bbox/AP")
+    }
+
+
+def test_sentences_about_the_stones():
+    """The ranges and differences outside the tables."""
+    folder = RESULTS / "granular"
+    gains = gains_of_the_stones()
+    models = json.loads((folder / "comparison.json").read_text())["models"]
+    sizes = {s: models["ideas"][s] - models["baseline"][s] for s in ("AP smaller", "AP larger")}
+    tried = json.loads((folder / "tried_adamw_comparison.json").read_text())["differences"]["ideas"]
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"by {span(gains['segm/AP'])}, and more box AP, by {span(gains['bbox/AP'])}." in page
+    assert f"median side of their image gain {sizes['AP smaller']:.1f}" in page
+    assert f"more than twice the median side gain {sizes['AP larger']:.1f}" in page
+    assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in readme_of_stones()
+
+
+def readme_of_stones():
+    return " ".join((RESULTS / "granular/README.md").read_text().split())
+
+
+def test_sentences_about_the_diagnosis_of_the_stones():
+    """What masks and boxes add, each with the other's held equal; where small stones are lost."""
+    exact, masks, boxes, recalls = [], [], [], defaultdict(list)
+    for fold in ("fold1", "fold2"):
+        own, in_exact, in_other = {}, {}, {}
+        for rung in FOLDS:
+            run = json.loads((RESULTS / f"granular/{fold}_{rung}_seed1.json").read_text())
+            path = RESULTS / f"granular/diagnosis_{fold}_{rung}_seed1.json"
+            found = json.loads(path.read_text())
+            own[rung] = run["results"]["segm/AP"]
+            in_exact[rung], in_other[rung] = (ap["AP"] for ap in found["mask AP with"].values())
+            recalls["all"].append(found["recall"]["proposals"]["all"])
+            for stage in ("proposals", "boxes"):
+                recalls[stage].append(found["recall"][stage]["small"])
+        exact.append(f"{in_exact['ideas'] - in_exact['baseline']:.1f}")
+        masks += [own["ideas"] - in_other["baseline"], in_other["ideas"] - own["baseline"]]
+        boxes += [own["ideas"] - in_other["ideas"], in_other["baseline"] - own["baseline"]]
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"with equal boxes they have {span(masks)} more mask AP" in page
+    assert f"with ground-truth boxes {' and '.join(exact)} (folds 1 and 2, seed 1)" in page
+    readme = readme_of_stones()
+    assert f"With ground-truth boxes PANet-2fc has {' and '.join(exact)} more mask AP" in readme
+    assert f"masks have {span(masks)} more mask AP than" in readme
+    assert f"PANet-2fc's boxes add {span(boxes)}." in readme
+    assert f"Proposals cover {span(recalls['all'], 0)} % of the stones" in readme
+    share = {stage: span(recalls[stage], 0) for stage in ("proposals", "boxes")}
+    assert f"{share['proposals']} % have a proposal, but only {share['boxes']} % a box" in readme
+
+
 @pytest.mark.parametrize("data", ["nuclei", "stones"])
 def test_inference_options_in_the_docs(data):
     models = json.loads((RESULTS / f"inference/{data}.json").read_text())["models"]
