@@ -37,6 +37,8 @@ __all__ = [
 
 _AP = [f"{task}/AP{kind}" for task in ("bbox", "segm") for kind in ("", "50", "75", "s", "m", "l")]
 
+# Config keys that results do not depend on.
+_SPEED_KEYS = ("MODEL.PAFPN.MEMORY_FORMAT",)
 
 # The training runs that this process has started and that have not ended yet.
 _trainings: Set[subprocess.Popen] = set()
@@ -85,8 +87,12 @@ def result_file(results: str, run: Run) -> str:
 
 
 def differing_key(settings: Dict[str, str], others: Dict[str, str]) -> Optional[str]:
-    """First key in which two runs' settings differ or that only one has; None if they agree."""
-    return next((k for k in {**settings, **others} if settings.get(k) != others.get(k)), None)
+    """
+    First key in which two runs' settings differ or that only one has; None if they agree. Keys
+    that only change the speed do not count.
+    """
+    keys = (key for key in {**settings, **others} if key not in _SPEED_KEYS)
+    return next((key for key in keys if settings.get(key) != others.get(key)), None)
 
 
 def _check_settings(run: Run, path: str) -> None:

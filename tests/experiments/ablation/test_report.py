@@ -113,6 +113,17 @@ def test_full_panet_is_compared_with_mask_rcnn(tmp_path):
     assert above == "+1.8 [-7.8, +11.3]" and full == "+4.5 [-1.9, +10.9]"
 
 
+def test_the_memory_format_may_differ(tmp_path):
+    """The fastest one depends on the processor, and results are the same with each."""
+    write_run(tmp_path, "baseline", 1, 30.0)
+    for seed, opts in ((1, ()), (2, ("MODEL.PAFPN.MEMORY_FORMAT", "contiguous"))):
+        write_run(tmp_path, "ideas", seed, 31.0, opts=opts)
+    assert {name: list(seeds) for name, seeds in load_results(str(tmp_path)).items()} == {
+        "baseline": [1],
+        "ideas": [1, 2],
+    }
+
+
 def test_runs_that_differ_in_more_than_their_rung_are_not_compared(tmp_path):
     write_run(tmp_path, "baseline", 1, 30.0, ("SOLVER.MAX_ITER", 600))
     write_run(tmp_path, "+hhd", 1, 31.0, ("SOLVER.MAX_ITER", "600"))
