@@ -36,6 +36,7 @@ from panet_d2.analysis import (
     precision_recall,
     read_history,
 )
+from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.errors import ConfigError, DataError
@@ -86,7 +87,10 @@ def test_images(cfg: CfgNode, count: int) -> List[dict]:
 
 
 def levels(args: argparse.Namespace) -> None:
-    """Plot from which pyramid levels max fusion takes the features of a dataset."""
+    """
+    Plot from which pyramid levels max fusion takes the features of a dataset, by the level that FPN
+    assigns a proposal to, and write the shares as JSON.
+    """
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
     dicts = test_images(cfg, args.number)
@@ -100,13 +104,23 @@ def levels(args: argparse.Namespace) -> None:
     os.makedirs(args.output, exist_ok=True)
     path = os.path.join(args.output, "levels.png")
     plot_level_shares(shares, names, path)
-    for pooler, table in shares.items():
-        headers = [pooler, *names, "proposals"]
-        rows = [
-            [n, *(f"{100 * s:.1f} %" for s in r[:-1]), int(r[-1])] for n, r in zip(names, table)
+    keys = (*names, "proposals")
+    found = {
+        pooler: {
+            name: dict(zip(keys, (*row[:-1].tolist(), int(row[-1]))))
+            for name, row in zip(names, table)
+        }
+        for pooler, table in shares.items()
+    }
+    for pooler, rows in found.items():
+        text = [
+            [name, *(f"{100 * row[level]:.1f} %" for level in names), row["proposals"]]
+            for name, row in rows.items()
         ]
-        print(tabulate(rows, headers), end="\n\n")
-    print(f"written: {path}")
+        print(tabulate(text, [pooler, *keys]), end="\n\n")
+    as_json = os.path.join(args.output, "levels.json")
+    write_json(as_json, found)
+    print(f"written: {path}, {as_json}")
 
 
 def masks(args: argparse.Namespace) -> None:

@@ -80,7 +80,20 @@ def test_levels(trained, capsys):
     )
     assert cv2.imread(str(output / "levels.png")) is not None
     printed = capsys.readouterr().out
-    assert "box_pooler" in printed and "mask_pooler" in printed and " %" in printed
+    assert "box_pooler" in printed and "mask_pooler" in printed
+    found = json.loads((output / "levels.json").read_text())
+    assert set(found) == {"box_pooler", "mask_pooler"}
+    levels = ["N2", "N3", "N4", "N5"]
+    for rows in found.values():
+        assert list(rows) == levels
+        assert sum(row["proposals"] for row in rows.values()) > 0
+        for row in rows.values():
+            shares = [row[level] for level in levels]
+            if row["proposals"]:
+                assert sum(shares) == pytest.approx(1)
+                assert all(f"{100 * share:.1f} %" in printed for share in shares)
+            else:
+                assert shares == [None] * 4
 
 
 def test_given_weights_go_before_those_of_the_run(trained, capsys):
