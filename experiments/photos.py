@@ -1,10 +1,11 @@
 """
-Cross-validation by photo. Images that are crops of one photo are not independent, so a photo is
-never in training and validation at once, and intervals come from drawing photos.
+Comparisons by photo. Images that are crops of one photo are not independent, so a photo is never in
+training and validation at once, and intervals come from drawing photos.
 
 folds: split a dataset into folds, with a config for each. compare: pool the detections of all folds
-for each model and seed. Write the AP of each model and the differences, with intervals, as JSON,
-and a plot of AP by IoU and by size beside it. Print a table.
+for each model and seed, or those of the dataset's own validation images. Write the AP of each model
+and the differences, with intervals, as JSON, and a plot of AP by IoU and by size beside it. Print a
+table.
 """
 
 from __future__ import annotations
@@ -114,7 +115,13 @@ def _subset(data: Dict[str, Any], images: List[Dict[str, Any]]) -> Dict[str, Any
 class _Evaluated:
     """The detections of a model with one seed on the validation images of all folds, matched."""
 
-    def __init__(self, truth: COCO, detections: Sequence[Dict[str, Any]], limit: int):
+    def __init__(
+        self,
+        truth: COCO,
+        detections: Sequence[Dict[str, Any]],
+        limit: int,
+        categories: Optional[Sequence[str]] = None,
+    ):
         sides = defaultdict(list)
         for annotation in truth.dataset["annotations"]:
             sides[annotation["image_id"]].append(annotation["area"])
@@ -131,6 +138,8 @@ class _Evaluated:
             annotation["area"] /= usual.get(annotation["image_id"], 1.0)
         self.evaluation = COCOeval(scaled, found, "segm")
         params = self.evaluation.params
+        if categories is not None:
+            params.catIds = truth.getCatIds(catNms=list(categories))
         params.maxDets = [limit]
         params.areaRng = [[low**2, high**2] for low, high in SIZES.values()]
         params.areaRngLbl = list(SIZES)
@@ -178,6 +187,8 @@ def compare(
     baseline: str,
     limit: int,
     draws: int = 500,
+    unit: str = "photo",
+    categories: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
     """
     Args:
@@ -186,21 +197,35 @@ def compare(
         baseline (str): the model that the others are compared with.
         limit (int): detections of an image that count.
         draws (int): number of times that as many photos as there are, are drawn with replacement.
+        unit (str): field of an image. Images with the same value are drawn together.
+        categories (sequence[str]): names of the categories that count; all by default.
 
     Returns:
         dict: "models" has the mean over seeds of mask AP at some IoUs and by size relative to the
         image's other objects, and the AP of each seed. "differences" has the mean difference from
         the baseline over the seeds that both have, and the 95 % interval over drawn photos.
+
+    Raises:
+        DataError: if an image does not have the field, or a category does not exist.
     """
     coco = _coco(truth)
+    known = [category["name"] for category in truth["categories"]]
+    unknown = [name for name in categories or () if name not in known]
+    if unknown:
+        raise DataError(f"category {unknown[0]} does not exist; there are {', '.join(known)}.")
+    for image in truth["images"]:
+        if unit not in image:
+            raise DataError(f"image {image['file_name']} has no field {unit}; choose another unit.")
     evaluated: Dict[str, Dict[int, _Evaluated]] = {}
     for name, seeds in detections.items():
-        evaluated[name] = {s: _Evaluated(coco, found, limit) for s, found in seeds.items()}
+        evaluated[name] = {
+            s: _Evaluated(coco, found, limit, categories) for s, found in seeds.items()
+        }
     models = {name: _summary(runs) for name, runs in evaluated.items()}
-    photos: Dict[str, List[int]] = defaultdict(list)
+    photos: Dict[Any, List[int]] = defaultdict(list)
     first = next(iter(evaluated[baseline].values()))
     for place, image_id in enumerate(first.images):
-        photos[coco.imgs[image_id]["photo"]].append(place)
+        photos[coco.imgs[image_id][unit]].append(place)
     groups = list(photos.values())
     generator = np.random.default_rng(0)
     drawn = [
@@ -228,8 +253,9 @@ def compare(
             "low": float(low),
             "high": float(high),
         }
-    counts = {"photos": len(groups), "images": len(first.images), "draws": draws}
-    return {"baseline": baseline, **counts, "models": models, "differences": differences}
+    counts = {f"{unit}s": len(groups), "images": len(first.images), "draws": draws}
+    counted = {"categories": list(categories or known)}
+    return {"baseline": baseline, **counts, **counted, "models": models, "differences": differences}
 
 
 def _summary(runs: Dict[int, _Evaluated]) -> Dict[str, Any]:
@@ -297,26 +323,45 @@ def write_folds(args: argparse.Namespace) -> None:
             yaml.safe_dump({"_BASE_": os.path.abspath(args.base), "DATASETS": datasets}, f)
 
 
+def _validation(args: argparse.Namespace) -> List[Tuple[str, str]]:
+    """Annotation file and folder of the runs, of each fold or of the dataset's own split."""
+    if args.number > 1:
+        names = [f"fold{index}" for index in range(1, args.number + 1)]
+        folder = os.path.join(args.folds, args.dataset)
+        return [(os.path.join(folder, f"{n}_val.json"), f"{args.dataset}_{n}") for n in names]
+    path = os.path.join(datasets_folder(), args.dataset, "annotations", "instances_val.json")
+    return [(path, args.dataset)]
+
+
 def write_comparison(args: argparse.Namespace) -> None:
-    folder = os.path.join(args.folds, args.dataset)
     truth: Dict[str, Any] = {"images": [], "annotations": []}
     detections: Dict[str, Dict[int, List]] = {m: defaultdict(list) for m in args.models}
-    for index in range(1, args.number + 1):
-        with open(os.path.join(folder, f"fold{index}_val.json"), encoding="utf-8") as f:
+    for path, runs in _validation(args):
+        if not os.path.isfile(path):
+            raise DataError(f"{path} does not exist; see --folds, --dataset and --number.")
+        with open(path, encoding="utf-8") as f:
             content = json.load(f)
         truth["categories"] = content["categories"]
         truth["images"] += content["images"]
         truth["annotations"] += content["annotations"]
         for model in args.models:
             for seed in args.seeds:
-                run = os.path.join(args.work, f"{args.dataset}_fold{index}", f"{model}_seed{seed}")
+                run = os.path.join(args.work, runs, f"{model}_seed{seed}")
                 path = os.path.join(run, "inference", "coco_instances_results.json")
                 if not os.path.isfile(path):
                     raise DataError(f"{path} does not exist: train {model} with seed {seed} first.")
                 with open(path, encoding="utf-8") as f:
                     detections[model][seed] += json.load(f)
     with redirect_stdout(StringIO()):  # pycocotools prints a line for each step
-        result = compare(truth, detections, args.models[0], args.limit, args.draws)
+        result = compare(
+            truth,
+            detections,
+            args.models[0],
+            args.limit,
+            args.draws,
+            args.unit,
+            args.categories,
+        )
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     write_json(args.output, result)
     plot(result, os.path.splitext(args.output)[0] + ".png")
@@ -335,6 +380,13 @@ def main(argv: Optional[List[str]] = None) -> None:
     comparison.add_argument("--work", default="output/ablation", help="folder of the runs' output")
     comparison.add_argument("--limit", type=int, default=300, help="detections of an image")
     comparison.add_argument("--draws", type=int, default=500)
+    comparison.add_argument(
+        "--unit",
+        default="photo",
+        metavar="FIELD",
+        help="field of an image; images with the same value are drawn together",
+    )
+    comparison.add_argument("--categories", nargs="+", help="those that count; all by default")
     comparison.add_argument("--output", required=True, metavar="JSON")
     comparison.set_defaults(run=write_comparison)
     for command in (folds, comparison):
@@ -342,7 +394,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         command.add_argument(
             "--folds", default="output/folds", help="folder of the folds' annotation files"
         )
-        command.add_argument("--number", type=int, default=4, help="of folds")
+        command.add_argument(
+            "--number", type=int, default=4, help="of folds; 1 compares on the dataset's own split"
+        )
     args = parser.parse_args(argv)
     args.run(args)
 

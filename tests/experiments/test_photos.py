@@ -128,6 +128,60 @@ def test_interval_over_photos():
     assert result["none"]["high"] < 0
 
 
+def test_some_categories():
+    """Class a is exact and class b is not."""
+    data = dataset("abcd")
+    rough = detections(data, smaller=8)
+    mixed = [d for d in detections(data) if d["category_id"] == 1]
+    mixed += [d for d in rough if d["category_id"] == 2]
+    runs = {"base": {1: rough}, "ours": {1: mixed}}
+    of = {
+        name: photos.compare(data, runs, "base", 100, draws=2, categories=[name]) for name in "ab"
+    }
+    assert of["a"]["models"]["ours"]["AP all"] == pytest.approx(100)
+    assert of["a"]["differences"]["ours"]["low"] > 10
+    assert of["b"]["differences"]["ours"]["mean"] == 0
+    assert of["b"]["categories"] == ["b"]
+    with pytest.raises(photos.DataError, match="category c does not exist; there are a, b"):
+        photos.compare(data, runs, "base", 100, categories=["a", "c"])
+
+
+def test_other_units():
+    """All photos of one building are drawn together, or none is: nothing varies."""
+    data = dataset("abcdefgh")
+    runs = {"base": {1: detections(data)}, "ours": {1: detections(data, photos="abc")}}
+    for image in data["images"]:
+        image["building"] = 7
+    result = photos.compare(data, runs, "base", 100, draws=20, unit="building")
+    assert result["buildings"] == 1
+    difference = result["differences"]["ours"]
+    assert difference["low"] == pytest.approx(difference["mean"]) == difference["high"]
+    del data["images"][3]["building"]
+    with pytest.raises(photos.DataError, match="b_right_0.jpg has no field building"):
+        photos.compare(data, runs, "base", 100, unit="building")
+
+
+def test_own_validation_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/fronts/annotations"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    command = ["compare", "--dataset", "fronts", "--number", "1", "--models", "base", "ours"]
+    command += ["--seeds", "1", "--draws", "5", "--output", "result.json", "--categories", "a"]
+    assert cli.run(photos.main, command) == 1
+    assert "instances_val.json does not exist" in capsys.readouterr().err
+    data = dataset("abc")
+    (folder / "instances_val.json").write_text(json.dumps(data))
+    for model, smaller in (("base", 4), ("ours", 0)):
+        run = tmp_path / f"output/ablation/fronts/{model}_seed1/inference"
+        run.mkdir(parents=True)
+        (run / "coco_instances_results.json").write_text(json.dumps(detections(data, smaller)))
+    assert cli.run(photos.main, [*command, "--unit", "crop"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["crops"] == 6 and result["categories"] == ["a"]
+    assert result["differences"]["ours"]["low"] > 0
+
+
 def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data/stones/annotations"
