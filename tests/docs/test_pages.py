@@ -123,18 +123,24 @@ def test_figure_is_what_its_script_draws():
     assert figure.draw() == drawn
 
 
-def raised_messages():
-    """The messages of all errors of the package; "…" stands for what is filled in."""
-    errors = {"CheckpointError", "ConfigError", "DataError", "ExportError", "TrainingDiverged"}
+ERRORS = {"CheckpointError", "ConfigError", "DataError", "ExportError", "TrainingDiverged"}
+
+
+def messages():
+    """The messages of all errors and warnings; "…" stands for what is filled in."""
     files = [*(ROOT / "panet_d2").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
     for path in [*files, ROOT / "demo/demo.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not call.args:
                 continue
-            if getattr(node.exc.func, "id", "") in errors and node.exc.args:
-                parts = getattr(node.exc.args[0], "values", [node.exc.args[0]])
+            function = ast.unparse(call.func)
+            is_error = isinstance(node, ast.Raise) and function in ERRORS
+            if is_error or function in ("logger.warning", "warn_once"):
+                parts = getattr(call.args[0], "values", [call.args[0]])
                 texts = [p.value if isinstance(p, ast.Constant) else "…" for p in parts]
-                yield pytest.param("".join(texts), id=f"{path.stem}-{node.lineno}")
+                message = re.sub("%[sdr]", "…", "".join(texts))
+                yield pytest.param(message, id=f"{path.stem}-{node.lineno}")
 
 
 def listed_messages():
@@ -143,8 +149,8 @@ def listed_messages():
         yield ".*".join(re.escape(part) for part in re.split(r" ?… ?", message))
 
 
-@pytest.mark.parametrize("message", raised_messages())
-def test_troubleshooting_lists_every_error(message):
+@pytest.mark.parametrize("message", messages())
+def test_troubleshooting_lists_every_error_and_warning(message):
     if set(message) <= set("….: "):
         return  # the sentence is made elsewhere
     specific = [row for row in listed_messages() if len(re.sub(r"\W|\.\*", "", row)) > 3]

@@ -346,3 +346,34 @@ def test_inference_options_in_the_docs(data):
     ]
     rows = table((ROOT / "docs/inference.md").read_text(), f"### {data.title()}")
     assert rows == expected
+
+
+def test_sentences_about_inference_options():
+    gains = defaultdict(list)  # of Mask R-CNN, then of PANet-2fc, by data, kind of AP and option
+    for data in ("nuclei", "stones"):
+        models = json.loads((RESULTS / f"inference/{data}.json").read_text())["models"]
+        for rows in models.values():
+            for option, row in rows.items():
+                for kind in ("box AP", "mask AP"):
+                    gains[data, kind, option].append(row[kind] - rows["one scale"][kind])
+
+    def soft_nms(data, kind):
+        return span(
+            [*gains[data, kind, "Soft-NMS, linear"], *gains[data, kind, "Soft-NMS, gaussian"]]
+        )
+
+    of_all = gains["nuclei", "mask AP", "all"]
+    three = {
+        data: "{1:.1f} and {0:.1f} on the {2}".format(*gains[data, "mask AP", "three scales"], data)
+        for data in ("nuclei", "stones")
+    }
+    voting = [g for data in three for g in gains[data, "mask AP", "box voting"]]
+    page = " ".join((ROOT / "docs/inference.md").read_text().split())
+    for sentence in (
+        "gain {1:.1f} mask AP for PANet-2fc and {0:.1f} for Mask R-CNN on the".format(*of_all),
+        f"{three['nuclei']}, {three['stones']}",
+        f"It gains {soft_nms('nuclei', 'mask AP')} on the nuclei.",
+        f"On the stones it gains {soft_nms('stones', 'box AP')} box AP",
+        f"Box voting changes mask AP by {max(map(abs, voting)):.1f} at most.",
+    ):
+        assert sentence in page, sentence
