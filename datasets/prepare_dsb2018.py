@@ -76,7 +76,7 @@ def _index(source: str):
     if os.path.isdir(source):
         names = [
             os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
-            for folder, _, files in os.walk(source)
+            for folder, _, files in os.walk(source, followlinks=True)
             for name in files
         ]
 

@@ -126,16 +126,20 @@ class _Evaluated:
         for annotation in truth.dataset["annotations"]:
             sides[annotation["image_id"]].append(annotation["area"])
         usual = {image: np.median(areas) for image, areas in sides.items()}
+        of_all = np.median(list(usual.values()))  # for images without objects
         relative = [
             {**a, "area": a["area"] / usual[a["image_id"]]} for a in truth.dataset["annotations"]
         ]
         scaled = _coco({**truth.dataset, "annotations": relative})
         if detections:
-            found = scaled.loadRes([dict(d) for d in detections])  # it changes them
+            # Without boxes, because the area would be that of the box. loadRes changes them.
+            found = scaled.loadRes(
+                [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
+            )
         else:
             found = _coco({**truth.dataset, "annotations": []})
         for annotation in found.dataset["annotations"]:
-            annotation["area"] /= usual.get(annotation["image_id"], 1.0)
+            annotation["area"] /= usual.get(annotation["image_id"], of_all)
         self.evaluation = COCOeval(scaled, found, "segm")
         params = self.evaluation.params
         if categories is not None:

@@ -180,6 +180,21 @@ def test_starts_from_a_checkpoint(folder, monkeypatch):
     assert all(torch.equal(state[k].cpu(), expected[k]) for k in expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")  # it needs CUDA
+def test_continues_in_mixed_precision():
+    """The checkpoint of a run in float32 has no scale of the loss."""
+    model = torch.nn.Linear(2, 1)
+
+    def trainer(kind):
+        return kind(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
+
+    before = trainer(tool.SimpleTrainer)
+    before.iter = 7
+    after = trainer(tool.ResumableAMPTrainer)
+    after.load_state_dict(before.state_dict())
+    assert after.iter == 7 and "grad_scaler" in after.state_dict()
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -13,8 +13,10 @@ import os
 import sys
 from typing import Dict, List, Optional
 
+from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 from panet_d2 import cli
@@ -56,7 +58,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     name = first_test_set(cfg)
     if args.output:  # now, not after minutes of evaluation
         os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
+    other = _other_run(cfg, args.boxes_of) if args.boxes_of else None
+    model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
     inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
     shares_dead = {}
@@ -86,13 +89,25 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     if cfg.MODEL.MASK_ON:
         report("ground-truth boxes and classes", evaluate_true_boxes(cfg, model, name))
-    if args.boxes_of:
-        other = load_run(setup_config(args.boxes_of, needed=("TEST",)))
+    if other is not None:
         ap = evaluate_boxes_of(cfg, model, other, name)
         report(f"the boxes, classes and scores of {args.boxes_of}", ap)
     if args.output:
         content = {"dataset": name, "dead units": shares_dead}
         write_json(args.output, {**content, "recall": stages, "mask AP with": masks})
+
+
+def _other_run(cfg: CfgNode, config_file: str) -> nn.Module:
+    """Load the model of another run. Both must read the images in the same way."""
+    other = setup_config(config_file, ["MODEL.DEVICE", cfg.MODEL.DEVICE], needed=("TEST",))
+    for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        ours, theirs = cfg.INPUT[key], other.INPUT[key]
+        if ours != theirs:
+            raise ConfigError(
+                f"INPUT.{key} is {ours!r}, but {theirs!r} in {config_file}; --boxes-of needs runs "
+                "that read the images in the same way."
+            )
+    return load_run(other, config_file=config_file)
 
 
 if __name__ == "__main__":

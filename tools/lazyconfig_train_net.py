@@ -7,7 +7,7 @@ import argparse
 import logging
 import sys
 from collections import OrderedDict
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import detectron2.utils.comm as comm
 import torch
@@ -69,10 +69,17 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> OrderedDict:
     return results
 
 
+class ResumableAMPTrainer(AMPTrainer):
+    """Also continues a run without mixed precision, whose state has no scale of the loss."""
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
+
 def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer_class = ResumableAMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     # Detectron2 assumes that a model is on a GPU.
     parallel = {"device_ids": None} if cfg.train.device == "cpu" else {}
     trainer = trainer_class(

@@ -41,6 +41,7 @@ from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.engine import load_run, setup_config
 from panet_d2.errors import ConfigError, DataError
 from panet_d2.evaluation import detection_limit, inference_folder
+from panet_d2.modeling.check_model import finds_oriented_boxes
 
 RESULTS = "coco_instances_results.json"  # the file name of Detectron2's evaluator
 
@@ -53,6 +54,11 @@ def write_png(path: str, image: np.ndarray) -> None:
 def predictions(args: argparse.Namespace) -> None:
     """Draw the predictions of an evaluation next to the ground truth, worst images first."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
+    if finds_oriented_boxes(cfg):
+        raise ConfigError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {cfg.MODEL.PROPOSAL_GENERATOR.NAME!r}; "
+            "visualize.py draws upright boxes only."
+        )
     name = first_test_set(cfg)
     results_file = args.results or os.path.join(inference_folder(cfg, name), RESULTS)
     if not os.path.isfile(results_file):
@@ -92,7 +98,7 @@ def levels(args: argparse.Namespace) -> None:
     assigns a proposal to, and write the shares as JSON.
     """
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
+    model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
     dicts = test_images(cfg, args.number)
     inputs = ([mapper(record)] for record in tqdm(dicts, desc="images", unit="image"))
     shares = level_shares(model, inputs)
@@ -123,15 +129,22 @@ def levels(args: argparse.Namespace) -> None:
     print(f"written: {path}, {as_json}")
 
 
+def _has_pixels(record: dict, annotation: dict) -> bool:
+    x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    return ceil(min(x1, record["width"])) > max(x0, 0) and ceil(min(y1, record["height"])) > max(
+        y0, 0
+    )
+
+
 def masks(args: argparse.Namespace) -> None:
     """Draw the masks of both paths of the mask head for ground-truth boxes of all sizes."""
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
-    model, mapper = load_run(cfg, args.opts), NamedImageMapper(cfg, False)
+    model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
     objects = [
         (record, annotation)
         for record in test_images(cfg, args.images)
         for annotation in record["annotations"]
-        if not annotation.get("iscrowd", 0)
+        if not annotation.get("iscrowd", 0) and _has_pixels(record, annotation)
     ]
     objects.sort(key=lambda o: o[1]["bbox"][2] * o[1]["bbox"][3])
     if not objects:
@@ -161,8 +174,12 @@ def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         return None
-    cfg = setup_config(config, [], needed=("TEST",))
-    if not cfg.DATASETS.TEST:
+    try:  # on any machine: only the files of the run are read
+        cfg = setup_config(config, ["MODEL.DEVICE", "cpu"], needed=("TEST",))
+    except DataError as e:
+        print(f"no precision of {folder}: {e}")
+        return None
+    if not cfg.DATASETS.TEST or finds_oriented_boxes(cfg):
         return None
     name = cfg.DATASETS.TEST[0]
     # Not OUTPUT_DIR, because the folder may have been moved.

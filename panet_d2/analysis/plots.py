@@ -11,6 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ..errors import DataError
 from .history import evaluations, losses
 
 
@@ -43,11 +44,18 @@ def plot_level_shares(shares: Dict[str, torch.Tensor], names: Sequence[str], pat
 
 
 def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
-    """Plot losses and AP by step as PNG, from the lines of ``metrics.json`` of each named run."""
+    """
+    Plot losses and AP by step as PNG, from the lines of ``metrics.json`` of each named run.
+
+    Raises:
+        DataError: if no run has any.
+    """
     keys = {key for lines in runs.values() for line in lines for key in line}
     parts = sorted(key for key in keys if "loss" in key)
     tasks = sorted(key for key in keys if key.endswith("/AP"))
     titles = parts + tasks
+    if not titles:
+        raise DataError(f"{', '.join(runs)}: no losses yet; a run writes them every 20 steps.")
     columns = min(4, len(titles))
     rows = -(-len(titles) // columns)
     figure, axes = pyplot().subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)

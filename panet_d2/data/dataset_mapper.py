@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import (
     annotations_to_instances,
@@ -69,7 +70,10 @@ class NamedImageMapper(AnnotationHook):
         """
         leave_sigterm_to_parent()
         try:
-            return super().__call__(dataset_dict)
+            mapped = super().__call__(dataset_dict)
+            if mapped["image"].dtype == torch.float64:  # YUV-BT.601 is; models are not
+                mapped["image"] = mapped["image"].float()
+            return mapped
         # Pillow raises almost any error for broken files, and Detectron2 for broken annotations.
         except Exception as e:
             if _from_own_augmentation(e.__traceback__):

@@ -79,7 +79,7 @@ def files_by_image(folder: str, suffix: str, parent: str = "") -> Dict[str, str]
         DataError: if an image has two files.
     """
     found: Dict[str, str] = {}
-    for where, _, files in sorted(os.walk(folder)):
+    for where, _, files in sorted(os.walk(folder, followlinks=True)):
         inside = os.path.relpath(where, folder).split(os.sep)
         for file in sorted(files):
             image = file[: -len(suffix)]

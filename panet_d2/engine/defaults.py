@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, Optional, Sequence
 
 import detectron2.utils.comm as comm
 import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -103,6 +104,11 @@ def check_device(cfg: CfgNode) -> None:
             "'' for CUDA if there is a device."
         ) from e
     if torch.device(device).type != "cuda" and comm.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            raise ConfigError(
+                f"MODEL.DEVICE is {device!r}, but the processes were started for the GPUs of this "
+                "machine; hide these with the environment variable CUDA_VISIBLE_DEVICES=''."
+            )
         for key, value in flatten(cfg):
             if key.endswith(".NORM") and value == "SyncBN":
                 raise ConfigError(

@@ -73,7 +73,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     devices = torch.cuda.device_count()
     if devices and args.num_gpus > devices:
-        raise ConfigError(f"--num-gpus is {args.num_gpus}, but this machine has {devices} GPUs.")
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {devices} GPUs. For processes on "
+            "the CPU, set the environment variable CUDA_VISIBLE_DEVICES=''."
+        )
     if args.num_gpus * args.num_machines == 1 or args.dist_url.startswith(("file://", "env://")):
         return
     if args.dist_url == FREE_PORT:

@@ -23,6 +23,7 @@ from ..evaluation import check_evaluators
 from .config_file import find_config_file
 from .defaults import latest_checkpoint, load_strict, setup_config
 from .launch import FREE_PORT, launch
+from .predictor import warn_of_other_classes
 from .resume import changed_keys
 from .trainer import Trainer
 
@@ -112,7 +113,8 @@ def train_or_evaluate(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
     if args.eval_only:
         model = build("the model", Trainer.build_model, cfg)
         resumed = latest_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
-        load_strict(model, resumed or cfg.MODEL.WEIGHTS)
+        weights = resumed or cfg.MODEL.WEIGHTS
+        warn_of_other_classes(cfg, load_strict(model, weights).get("categories"), weights)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))

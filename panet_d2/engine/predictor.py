@@ -21,31 +21,59 @@ from ..checkpoint.strict_checkpoint import join_names
 from ..data.augmentation import leaves_nothing
 from ..errors import DataError
 from ..modeling import RCNNWithTTA
-from .defaults import load_strict
+from .defaults import latest_checkpoint, load_strict
 
 _COLORS = ("BGR", "RGB")  # formats to which the parent converts a BGR image
 
 logger = logging.getLogger("panet_d2")
 
 
-def load_run(cfg: CfgNode, opts: Sequence[str] = ()) -> nn.Module:
+def load_run(cfg: CfgNode, opts: Sequence[str] = (), config_file: str = "") -> nn.Module:
     """
-    Build the model of a finished run for inference.
+    Build the model of a run for inference, and print which weights it has.
 
     Args:
-        cfg (CfgNode): the run's ``config.yaml``.
-        opts (sequence[str]): the overrides in ``cfg``. If they set ``MODEL.WEIGHTS``, or if
-            ``OUTPUT_DIR`` has no ``model_final.pth``, the model gets ``MODEL.WEIGHTS``. Otherwise
-            the model gets ``model_final.pth``.
+        cfg (CfgNode): the run's config.
+        opts (sequence[str]): the overrides in ``cfg``. If they set ``MODEL.WEIGHTS``, or if the
+            run's folder has no checkpoint, the model gets ``MODEL.WEIGHTS``. Otherwise the model
+            gets ``model_final.pth``, or the last checkpoint of a run that has not ended.
+        config_file (str): where ``cfg`` is from. The run's folder is that of its ``config.yaml``,
+            because ``OUTPUT_DIR`` may be relative to another folder; for other files, OUTPUT_DIR.
 
     Raises:
         CheckpointError: see :func:`load_strict`.
     """
-    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    use_final = os.path.isfile(final) and "MODEL.WEIGHTS" not in opts
+    is_run = os.path.basename(config_file) == "config.yaml"
+    folder = os.path.dirname(config_file) if is_run else cfg.OUTPUT_DIR
+    final = os.path.join(folder, "model_final.pth")
+    last = final if os.path.isfile(final) else latest_checkpoint(folder)
+    weights = last if last and "MODEL.WEIGHTS" not in opts else cfg.MODEL.WEIGHTS
     model = build("the model", build_model, cfg).eval()
-    load_strict(model, final if use_final else cfg.MODEL.WEIGHTS)
+    in_checkpoint = load_strict(model, weights)
+    print(f"weights: {weights}")
+    warn_of_other_classes(cfg, in_checkpoint.get("categories"), weights)
     return model
+
+
+def warn_of_other_classes(cfg: CfgNode, in_checkpoint: Any, weights: str) -> None:
+    """
+    Warn if a checkpoint was trained for other classes, or for another order of them, than those
+    that config and data name.
+
+    Args:
+        cfg (CfgNode): its ``DATASETS`` name the classes.
+        in_checkpoint: the checkpoint's "categories"; None if it has none.
+        weights (str): the checkpoint, for the message.
+    """
+    ours, theirs = read_categories(cfg), as_categories(in_checkpoint) or []
+    names, trained = ([name for _, name in categories] for categories in (ours, theirs))
+    if names and len(trained) > 1 and names != trained:
+        logger.warning(
+            "%s was trained for the classes %s, but config and data name them %s.",
+            weights,
+            join_names(trained),
+            join_names(names),
+        )
 
 
 class Predictor(DefaultPredictor):
@@ -86,17 +114,11 @@ class Predictor(DefaultPredictor):
     def _name_classes(self, in_checkpoint: Any) -> None:
         """Set ``DATASETS.CATEGORIES``, from the checkpoint if nothing else names the classes."""
         resolve_categories(self.cfg)
-        ours, theirs = read_categories(self.cfg), as_categories(in_checkpoint) or []
-        if theirs and not ours:
+        theirs = as_categories(in_checkpoint) or []
+        if theirs and not read_categories(self.cfg):
             self.cfg.DATASETS.CATEGORIES = [list(category) for category in theirs]
             resolve_categories(self.cfg)
-        elif len(theirs) > 1 and [name for _, name in theirs] != [name for _, name in ours]:
-            logger.warning(
-                "%s was trained for the classes %s, but config and data name them %s.",
-                self.cfg.MODEL.WEIGHTS,
-                join_names([name for _, name in theirs]),
-                join_names([name for _, name in ours]),
-            )
+        warn_of_other_classes(self.cfg, in_checkpoint, self.cfg.MODEL.WEIGHTS)
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
         """
@@ -154,6 +176,8 @@ class Predictor(DefaultPredictor):
             rgb = np.ascontiguousarray(image[:, :, ::-1]).round().astype(np.uint8)
             image_format = "L" if self.takes_gray else self.cfg.INPUT.FORMAT
             image = convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
+        if image.dtype == np.float64:
+            image = image.astype(np.float32)  # the type of the model
         return np.ascontiguousarray(image)
 
     def _problem(self, image: Any) -> str:

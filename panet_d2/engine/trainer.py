@@ -20,6 +20,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import TORCH_VERSION
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from tqdm import tqdm
 
@@ -102,6 +103,8 @@ class Trainer(TrainingLoop):
         # A copy of DefaultTrainer.__init__, which has no methods to override for the loop, the DDP
         # model and the checkpointer.
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # in a program that has not set it up; else nobody sees the losses
         check_values(cfg)
         cfg = build("the trainer", DefaultTrainer.auto_scale_workers, cfg, comm.get_world_size())
         model = build("the model", self.build_model, cfg)
@@ -209,7 +212,8 @@ class Trainer(TrainingLoop):
             kind = torch.optim.AdamW
             # On the CPU the fused step takes a fifth of the time. Not on CUDA: a fused optimizer
             # undoes AMP's loss scale after gradient clipping, which is too late.
-            options = dict(fused=cfg.MODEL.DEVICE == "cpu" and TORCH_VERSION >= (2, 4))
+            fused = cfg.MODEL.DEVICE == "cpu" and TORCH_VERSION >= (2, 4)
+            options = dict(fused=True) if fused else dict(foreach=True)
         optimizer = maybe_add_gradient_clipping(cfg, kind)
         return optimizer(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **options)
 

@@ -57,6 +57,7 @@ _MODULES_FOR_OLD_NUMPY = {
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
     ),
 }
+_ALL_DETECTIONS = 100_000  # more than any image has
 _TAKE_FOLDER = (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -67,8 +68,11 @@ _TAKE_FOLDER = (
 
 
 def detection_limit(wanted: int) -> int:
-    """Return how many detections of an image COCO's AP uses: 100, or ``wanted`` if higher."""
-    return max(100, wanted)
+    """
+    Return how many detections of an image COCO's AP uses: 100, or ``wanted`` if higher. A negative
+    number is Detectron2's for all detections.
+    """
+    return max(100, wanted) if wanted >= 0 else _ALL_DETECTIONS
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str, folder: Optional[str] = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Iterator, List, Optional, Tuple
@@ -27,6 +28,9 @@ from .roi_heads.suppression import Suppression, last_predictor
 from .tta_mapper import MapperTTA, Rotate90Transform
 
 logger = logging.getLogger("panet_d2")
+
+# Augmentation switches parts of the model off and on again, which no other thread may see.
+_switching = threading.Lock()
 
 
 class RCNNWithTTA(TTAHooks):
@@ -74,6 +78,23 @@ class RCNNWithTTA(TTAHooks):
         return len(self.tta_mapper) * (2 if again else 1)
 
     def infer_image(self, image: dict) -> dict:
+        with _switching:
+            return self._merged(image)
+
+    @contextmanager
+    def without_heads(self, switches: List[str]) -> Iterator[None]:
+        """Also turns the heads on again after an error, which the parent does not."""
+        heads = self.model.roi_heads
+        before = {name: getattr(heads, name) for name in switches if hasattr(heads, name)}
+        try:
+            for name in before:
+                setattr(heads, name, False)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(heads, name, value)
+
+    def _merged(self, image: dict) -> dict:
         shape = (image["height"], image["width"])
         views = self.tta_mapper(image)
         transforms = [view.pop("transforms") for view in views]

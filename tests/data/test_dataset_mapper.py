@@ -30,6 +30,12 @@ def test_maps_as_the_stock_one(record):
     assert len(mapped["instances"].gt_masks) == 2
 
 
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "YUV-BT.601", "HSV", "LAB", "YCbCr"])
+def test_every_format_has_a_type_that_models_take(record, image_format):
+    cfg = tiny_cfg("INPUT.FORMAT", image_format)
+    assert NamedImageMapper(cfg, True)(record)["image"].dtype in (torch.uint8, torch.float32)
+
+
 def spoil(file_name, content):
     with open(file_name, "wb") as f:
         f.write(content)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from panet_d2.data.tiles import windows
+from panet_d2.data.tiles import files_by_image, windows
 from panet_d2.errors import DataError
 
 
@@ -25,3 +25,13 @@ def test_neighbours_share_the_overlap():
 def test_overlap_that_cannot_be(overlap):
     with pytest.raises(DataError, match=f"--overlap is {overlap} and --size 100"):
         windows(10, 10, 100, overlap)
+
+
+def test_linked_folders_are_searched(tmp_path):
+    """As iSAID's images, which are DOTA's."""
+    (tmp_path / "dota").mkdir()
+    (tmp_path / "dota/P0001.png").touch()
+    (tmp_path / "isaid").mkdir()
+    (tmp_path / "isaid/images").symlink_to(tmp_path / "dota")
+    found = files_by_image(str(tmp_path / "isaid"), ".png")
+    assert found == {"P0001": str(tmp_path / "isaid/images/P0001.png")}

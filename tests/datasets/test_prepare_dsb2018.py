@@ -68,6 +68,15 @@ def test_every_pixel_arrives(source, tmp_path, zipped):
     assert seen == truth.keys()
 
 
+def test_linked_folders(source, tmp_path):
+    folder, truth = source
+    (tmp_path / "links").mkdir()
+    for image in folder.iterdir():
+        (tmp_path / "links" / image.name).symlink_to(image)
+    counts = prepare_dsb2018(str(tmp_path / "links"), str(tmp_path / "datasets"))
+    assert sum(images for images, _ in counts.values()) == len(truth)
+
+
 def test_the_split_depends_on_names_alone(source, tmp_path):
     folder, _ = source
     prepare_dsb2018(str(folder), str(tmp_path / "a"))

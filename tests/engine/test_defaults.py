@@ -1,10 +1,13 @@
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from panet_d2.engine import defaults, setup_config
 from panet_d2.errors import ConfigError
+
+from ..common import tiny_cfg
 
 
 class TestSetupConfig:
@@ -45,6 +48,18 @@ class TestSetupConfig:
         with pytest.raises(ConfigError, match=f"{key} is 'SyncBN'.*naiveSyncBN"):
             setup_config("", opts)
         setup_config("", [*opts[:3], "naiveSyncBN"])
+
+    def test_cpu_in_processes_for_gpus(self, monkeypatch):
+        monkeypatch.setattr(defaults.comm, "get_world_size", lambda: 2)
+        monkeypatch.setattr(defaults.dist, "is_initialized", lambda: True)
+        for backend in ("gloo", "nccl"):
+            monkeypatch.setattr(defaults.dist, "get_backend", lambda backend=backend: backend)
+            expected = nullcontext()
+            if backend == "nccl":
+                message = "MODEL.DEVICE is 'cpu'.*CUDA_VISIBLE_DEVICES=''"
+                expected = pytest.raises(ConfigError, match=message)
+            with expected:
+                defaults.check_device(tiny_cfg())
 
     @pytest.mark.parametrize("head", ["BOX", "MASK", "KEYPOINT"])
     def test_pooling_that_nothing_would_do(self, head):

@@ -27,7 +27,7 @@ def start(*command):
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         cwd=ROOT,
-        env=child_env(),
+        env=child_env(CUDA_VISIBLE_DEVICES=""),  # models are on the CPU
         stdout=log,
         stderr=log,
         start_new_session=True,

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from panet_d2.data import NamedImageMapper
-from panet_d2.engine import Predictor, setup_config
+from panet_d2.engine import Predictor, load_run, setup_config
 from panet_d2.errors import CheckpointError, DataError
 from panet_d2.modeling import RCNNWithTTA
 
@@ -36,6 +36,47 @@ def picture(channels=3):
 def same(a, b):
     a, b = a["instances"], b["instances"]
     return len(a) > 0 and torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+def test_load_run(tmp_path, capsys):
+    """The last weights of the run, where its folder is now."""
+    cfg = weights(tiny_cfg("OUTPUT_DIR", "another/folder"), tmp_path)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    config_file = str(folder / "config.yaml")
+    start = torch.load(cfg.MODEL.WEIGHTS)["model"]
+
+    def save(name, value):
+        state = {k: torch.full_like(v, value) for k, v in start.items()}
+        torch.save({"model": state}, folder / name)
+
+    def loaded(*opts, path=config_file):
+        model = load_run(cfg, opts, path)
+        assert not model.training
+        printed = capsys.readouterr().out.strip().removeprefix("weights: ")
+        return model.backbone.fpn_output2.weight.flatten()[0].item(), Path(printed).name
+
+    first = start["backbone.fpn_output2.weight"].flatten()[0].item()
+    assert loaded() == (first, "model.pth")  # as after --eval-only
+    save("model_0000004.pth", 4)
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    assert loaded() == (4, "model_0000004.pth")  # a run that has not ended
+    save("model_final.pth", 5)
+    assert loaded() == (5, "model_final.pth")
+    assert loaded("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) == (first, "model.pth")
+    assert loaded(path="configs/own.yaml") == (first, "model.pth")
+    cfg.OUTPUT_DIR = str(folder)
+    assert loaded(path="configs/own.yaml") == (5, "model_final.pth")
+
+
+def test_run_with_other_classes(tmp_path, caplog):
+    categories = [[1, "cat"], [2, "dog"], [3, "cow"]]
+    cfg = weights(tiny_cfg("DATASETS.CATEGORIES", categories), tmp_path, categories=categories)
+    load_run(cfg)
+    assert "was trained for the classes" not in caplog.text
+    cfg.DATASETS.CATEGORIES = [[1, "dog"], [2, "cat"], [3, "cow"]]
+    load_run(cfg)
+    assert "was trained for the classes 'cat', 'dog'" in caplog.text or "cat, dog" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +268,7 @@ def test_test_time_augmentation(tmp_path, image_format):
     with torch.no_grad():
         expected = RCNNWithTTA(cfg, predictor.model)([NamedImageMapper(cfg, False)(loaded)])[0]
     outputs = predictor(image)
+    assert same(predictor(image.astype(np.float64)), predictor(image.astype(np.float32)))
     assert same(outputs, expected) and outputs["instances"].pred_masks.shape[1:] == (40, 60)
     assert not same(
         outputs, {"instances": predictor.model([{**loaded, **_input(image)}])[0]["instances"]}

@@ -45,7 +45,8 @@ def test_schedule_goes_on_where_it_is(config_file):
     "opts, message",
     [
         (["SOLVER.OPTIMIZER", "ADAMW"], "SOLVER.OPTIMIZER must stay"),
-        (["SOLVER.BIAS_LR_FACTOR", "2.0"], "BIAS_LR_FACTOR .* must stay"),
+        (["SOLVER.BIAS_LR_FACTOR", "2.0"], "BIAS_LR_FACTOR.* must stay"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT .* must stay .* MODEL.WEIGHTS"),
         (["MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR", "0.5"], "FC_FUSION.LR_FACTOR must stay"),
     ],
 )

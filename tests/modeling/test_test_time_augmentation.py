@@ -1,5 +1,6 @@
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,6 +83,37 @@ def test_cost(caplog):
     assert "16 views of an image, 32 forward passes" in caplog.text
     cfg.MODEL.MASK_ON = False
     assert RCNNWithTTA(cfg, model_of(cfg)).passes == 16
+
+
+def test_heads_are_on_again_after_an_error():
+    """Such as too little memory for an image."""
+    cfg = tiny_cfg(*AUG)
+    tta = RCNNWithTTA(cfg, model_of(cfg))
+
+    def inference(*args, **kwargs):
+        assert not tta.model.roi_heads.mask_on
+        raise RuntimeError("out of memory")
+
+    tta.model.inference = inference
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        tta(batch(1))
+    assert tta.model.roi_heads.mask_on
+
+
+def test_threads():
+    """None sees heads that another has switched off."""
+    cfg = tiny_cfg(*AUG, "TEST.AUG.MIN_SIZES", [64], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.2)
+    tta, inputs = RCNNWithTTA(cfg, model_of(cfg)), batch(1)
+    with torch.no_grad():
+        expected = tta(inputs)[0]["instances"]
+
+    def predict_once(_):
+        with torch.no_grad():
+            return tta(inputs)[0]["instances"]
+
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(predict_once, range(8)):
+            assert_same(found, expected)
 
 
 def with_detector(cfg, detect):

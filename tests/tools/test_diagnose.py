@@ -85,6 +85,10 @@ def test_boxes_of_another_run(tmp_path, capsys):
         what == f"mask AP on diagnosed_a with the boxes, classes and scores of {other}:"
         and re.match(r"AP [\d.]+  AP50 ", ap)
     )
+    (tmp_path / "c").mkdir()
+    smaller = write_run(tmp_path / "c", "INPUT.MIN_SIZE_TEST", 50)
+    assert cli.run(diagnose.main, ["--config-file", config, "--boxes-of", smaller]) == 1
+    assert re.search(r"INPUT.MIN_SIZE_TEST is \d+, but 50 in ", capsys.readouterr().err)
     without = write_run(tmp_path, "MODEL.MASK_ON", False)
     assert cli.run(diagnose.main, ["--config-file", without, "--boxes-of", other]) == 1
     assert "no masks" in capsys.readouterr().err

@@ -126,6 +126,11 @@ def test_masks_of_objects_that_reach_beyond_the_image(trained, capsys):
     command = ["masks", "--config-file", config, "--output", str(output), "--number", "3"]
     assert cli.run(visualize.main, [*command, *opts, "DATASETS.TEST", "('beyond',)"]) == 0
     assert cv2.imread(str(output / "masks.png")) is not None
+    content["annotations"][0]["bbox"] = [500, 500, 20, 20]  # outside: nothing to draw
+    beyond.write_text(json.dumps(content))
+    command[-1] = "100"
+    assert cli.run(visualize.main, [*command, *opts, "DATASETS.TEST", "('beyond',)"]) == 0
+    assert f"{len(content['annotations']) - 1} objects" in capsys.readouterr().out
     content["annotations"] = []
     beyond.with_name("none.json").write_text(json.dumps(content))
     opts = ["DATASETS.REGISTER_COCO", str([["none", str(beyond.with_name("none.json")), root]])]
@@ -174,6 +179,25 @@ def test_curves(trained, tmp_path):
     assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 0
     for name in ("training", "precision_recall"):
         assert cv2.imread(str(output / f"{name}.png")) is not None
+
+
+def test_curves_on_another_machine(trained, tmp_path, capsys):
+    """Without the GPU of the run, and without its data."""
+    config = trained / "config.yaml"
+    text = config.read_text().replace("DEVICE: cpu", "DEVICE: cuda")
+    config.write_text(text.replace("squares", "not_here"))
+    output = tmp_path / "figures"
+    assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 0
+    assert cv2.imread(str(output / "training.png")) is not None
+    assert f"no precision of {trained}: " in capsys.readouterr().out
+    (trained / "metrics.json").write_text("")
+    assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 1
+    assert "no losses yet" in capsys.readouterr().err
+
+
+def test_oriented_boxes_are_not_drawn(run, capsys):
+    assert predictions(run, "MODEL.PROPOSAL_GENERATOR.NAME", "RRPN") == 1
+    assert "MODEL.PROPOSAL_GENERATOR.NAME is 'RRPN'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
