@@ -200,14 +200,14 @@ def compare(
         detections (dict[str, dict[int, list]]): COCO results of all folds, by model and seed.
         baseline (str): the model that the others are compared with.
         limit (int): detections of an image that count.
-        draws (int): number of times that as many photos as there are, are drawn with replacement.
-        unit (str): field of an image. Images with the same value are drawn together.
+        draws (int): number of times that as many units as there are, are drawn with replacement.
+        unit (str): field of an image, such as "photo". Images with the same value are one unit.
         categories (sequence[str]): names of the categories that count; all by default.
 
     Returns:
         dict: "models" has the mean over seeds of mask AP at some IoUs and by size relative to the
         image's other objects, and the AP of each seed. "differences" has the mean difference from
-        the baseline over the seeds that both have, and the 95 % interval over drawn photos.
+        the baseline over the seeds that both have, and the 95 % interval over drawn units.
 
     Raises:
         DataError: if an image does not have the field, or a category does not exist.
@@ -342,7 +342,9 @@ def write_comparison(args: argparse.Namespace) -> None:
     detections: Dict[str, Dict[int, List]] = {m: defaultdict(list) for m in args.models}
     for path, runs in _validation(args):
         if not os.path.isfile(path):
-            raise DataError(f"{path} does not exist; see --folds, --dataset and --number.")
+            raise DataError(
+                f"{path} does not exist; see --folds, --dataset, --number and DETECTRON2_DATASETS."
+            )
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
         truth["categories"] = content["categories"]
@@ -402,6 +404,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             "--number", type=int, default=4, help="of folds; 1 compares on the dataset's own split"
         )
     args = parser.parse_args(argv)
+    if args.number < 1:
+        parser.error("--number must be at least 1")
     args.run(args)
 
 

@@ -11,7 +11,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    ContextManager,
     Dict,
     List,
     Mapping,
@@ -200,10 +199,6 @@ class TTAHooks(GeneralizedRCNNWithTTA):
     ) -> List[Instances]:
         """Return the detections of the image with their boxes in pixels of each view."""
         return super()._rescale_detected_boxes(inputs, found, transforms)
-
-    def without_heads(self, switches: List[str]) -> ContextManager[None]:
-        """Turn off heads by the names of their switches in the ROI heads, such as "mask_on"."""
-        return super()._turn_off_roi_heads(switches)
 
     def _inference_one_image(self, input: dict) -> dict:
         return self.infer_image(input)

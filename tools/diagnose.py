@@ -13,10 +13,8 @@ import os
 import sys
 from typing import Dict, List, Optional
 
-from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
-from torch import nn
 from tqdm import tqdm
 
 from panet_d2 import cli
@@ -29,7 +27,7 @@ from panet_d2.analysis import (
 )
 from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
-from panet_d2.engine import load_run, setup_config
+from panet_d2.engine import load_run, read_config, setup_config
 from panet_d2.errors import ConfigError
 from panet_d2.modeling.check_model import finds_oriented_boxes
 from panet_d2.planning import anchor_recall, measure
@@ -58,7 +56,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     name = first_test_set(cfg)
     if args.output:  # now, not after minutes of evaluation
         os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    other = _other_run(cfg, args.boxes_of) if args.boxes_of else None
+    if args.boxes_of:
+        _check_same_images(args.config_file, args.boxes_of)
     model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
     inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
@@ -89,7 +88,11 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     if cfg.MODEL.MASK_ON:
         report("ground-truth boxes and classes", evaluate_true_boxes(cfg, model, name))
-    if other is not None:
+    if args.boxes_of:
+        other_cfg = setup_config(
+            args.boxes_of, ["MODEL.DEVICE", cfg.MODEL.DEVICE], needed=("TEST",)
+        )
+        other = load_run(other_cfg, config_file=args.boxes_of)
         ap = evaluate_boxes_of(cfg, model, other, name)
         report(f"the boxes, classes and scores of {args.boxes_of}", ap)
     if args.output:
@@ -97,17 +100,15 @@ def main(argv: Optional[List[str]] = None) -> None:
         write_json(args.output, {**content, "recall": stages, "mask AP with": masks})
 
 
-def _other_run(cfg: CfgNode, config_file: str) -> nn.Module:
-    """Load the model of another run. Both must read the images in the same way."""
-    other = setup_config(config_file, ["MODEL.DEVICE", cfg.MODEL.DEVICE], needed=("TEST",))
+def _check_same_images(config_file: str, other: str) -> None:
+    """Raise a ConfigError if two runs read the images in different ways."""
+    ours, theirs = (read_config(path).INPUT for path in (config_file, other))
     for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-        ours, theirs = cfg.INPUT[key], other.INPUT[key]
-        if ours != theirs:
+        if ours[key] != theirs[key]:
             raise ConfigError(
-                f"INPUT.{key} is {ours!r}, but {theirs!r} in {config_file}; --boxes-of needs runs "
-                "that read the images in the same way."
+                f"INPUT.{key} is {ours[key]!r}, but {theirs[key]!r} in {other}; --boxes-of needs "
+                "runs that read the images in the same way."
             )
-    return load_run(other, config_file=config_file)
 
 
 if __name__ == "__main__":

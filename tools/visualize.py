@@ -38,8 +38,8 @@ from panet_d2.analysis import (
 )
 from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
-from panet_d2.engine import load_run, setup_config
-from panet_d2.errors import ConfigError, DataError
+from panet_d2.engine import load_run, run_folder, setup_config
+from panet_d2.errors import ConfigError, DataError, PanetError
 from panet_d2.evaluation import detection_limit, inference_folder
 from panet_d2.modeling.check_model import finds_oriented_boxes
 
@@ -60,7 +60,8 @@ def predictions(args: argparse.Namespace) -> None:
             "visualize.py draws upright boxes only."
         )
     name = first_test_set(cfg)
-    results_file = args.results or os.path.join(inference_folder(cfg, name), RESULTS)
+    folder = os.path.join(run_folder(cfg, args.opts, args.config_file), "inference")
+    results_file = args.results or os.path.join(inference_folder(cfg, name, folder), RESULTS)
     if not os.path.isfile(results_file):
         raise DataError(f"{results_file} does not exist; train_net.py --eval-only writes it.")
     coco, metadata = ground_truth(name), MetadataCatalog.get(name)
@@ -94,8 +95,8 @@ def test_images(cfg: CfgNode, count: int) -> List[dict]:
 
 def levels(args: argparse.Namespace) -> None:
     """
-    Plot from which pyramid levels max fusion takes the features of a dataset, by the level that FPN
-    assigns a proposal to, and write the shares as JSON.
+    Plot from which pyramid levels max fusion takes the features of a dataset, and write the shares
+    as JSON. The proposals of each level of FPN's rule have a row of their own.
     """
     cfg = setup_config(args.config_file, args.opts, needed=("TEST",))
     model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
@@ -174,14 +175,15 @@ def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         return None
-    try:  # on any machine: only the files of the run are read
+    try:  # the machine may have neither the GPU nor the data of the run
         cfg = setup_config(config, ["MODEL.DEVICE", "cpu"], needed=("TEST",))
-    except DataError as e:
+        if not cfg.DATASETS.TEST or finds_oriented_boxes(cfg):
+            return None
+        name = cfg.DATASETS.TEST[0]
+        coco = ground_truth(name)
+    except (PanetError, OSError) as e:
         print(f"no precision of {folder}: {e}")
         return None
-    if not cfg.DATASETS.TEST or finds_oriented_boxes(cfg):
-        return None
-    name = cfg.DATASETS.TEST[0]
     # Not OUTPUT_DIR, because the folder may have been moved.
     path = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
     if not os.path.isfile(path):
@@ -192,7 +194,7 @@ def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
         return None
     kind = "segm" if "segmentation" in results[0] else "bbox"
     limit = detection_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
-    return precision_recall(ground_truth(name), results, kind, limit)
+    return precision_recall(coco, results, kind, limit)
 
 
 def curves(args: argparse.Namespace) -> None:
@@ -232,7 +234,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     for command, run, number in (("levels", levels, 100), ("masks", masks, 8)):
         sub = commands.add_parser(command, help=run.__doc__)
         sub.add_argument("--config-file", required=True, help="config.yaml of a run")
-        sub.add_argument("--output", required=True, help="folder for the PNG")
+        sub.add_argument("--output", required=True, help="folder for the files")
         what = "images" if command == "levels" else "objects"
         sub.add_argument("--number", type=int, default=number, help=f"number of {what}")
         if command == "masks":

@@ -19,7 +19,7 @@ from detectron2.modeling import build_model
 
 from experiments.ablation.report import load_results, plot_curves, plot_differences, table
 from experiments.ablation.rungs import GROUPS, LADDER, RUNGS, overrides
-from experiments.ablation.runner import Run, pretrained_resnet, run_all
+from experiments.ablation.runner import SPEED_KEYS, Run, pretrained_resnet, run_all
 from experiments.benchmark.models import (
     FIXED_COUNTS,
     images,
@@ -66,7 +66,7 @@ def recorded_opts(results: str, rungs: List[str]) -> Dict[str, List[str]]:
     """Overrides of the runs, for each of the rungs that has runs."""
     runs = {name: seeds for name, seeds in load_results(results).items() if name in rungs}
     recorded = {name: next(iter(seeds.values()))["settings"] for name, seeds in runs.items()}
-    unused = ("config", "MODEL.WEIGHTS")  # weights do not change size or time
+    unused = ("config", "MODEL.WEIGHTS", *SPEED_KEYS)  # all models are timed with the same format
     return {
         name: [part for k, v in settings.items() if k not in unused for part in (k, v)]
         for name, settings in recorded.items()

@@ -25,6 +25,7 @@ from panet_d2.checkpoint.safe_load import load_untrusted
 from panet_d2.errors import PanetError
 
 __all__ = [
+    "SPEED_KEYS",
     "Run",
     "RunFailed",
     "differing_key",
@@ -37,8 +38,8 @@ __all__ = [
 
 _AP = [f"{task}/AP{kind}" for task in ("bbox", "segm") for kind in ("", "50", "75", "s", "m", "l")]
 
-# Config keys that results do not depend on.
-_SPEED_KEYS = ("MODEL.PAFPN.MEMORY_FORMAT",)
+# Config keys that results depend on by rounding only.
+SPEED_KEYS = ("MODEL.PAFPN.MEMORY_FORMAT",)
 
 # The training runs that this process has started and that have not ended yet.
 _trainings: Set[subprocess.Popen] = set()
@@ -91,7 +92,7 @@ def differing_key(settings: Dict[str, str], others: Dict[str, str]) -> Optional[
     First key in which two runs' settings differ or that only one has; None if they agree. Keys
     that only change the speed do not count.
     """
-    keys = (key for key in {**settings, **others} if key not in _SPEED_KEYS)
+    keys = (key for key in {**settings, **others} if key not in SPEED_KEYS)
     return next((key for key in keys if settings.get(key) != others.get(key)), None)
 
 

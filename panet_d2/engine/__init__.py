@@ -5,7 +5,7 @@ from .defaults import (
     setup_config,
 )
 from .launch import launch
-from .predictor import Predictor, load_run
+from .predictor import Predictor, load_run, run_folder
 from .trainer import Trainer
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_strict",
     "load_run",
     "read_config",
+    "run_folder",
     "setup_config",
 ]

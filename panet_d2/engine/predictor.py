@@ -28,25 +28,36 @@ _COLORS = ("BGR", "RGB")  # formats to which the parent converts a BGR image
 logger = logging.getLogger("panet_d2")
 
 
+def run_folder(cfg: CfgNode, opts: Sequence[str] = (), config_file: str = "") -> str:
+    """
+    Return the folder of a run: that of its ``config.yaml``, because ``OUTPUT_DIR`` may be relative
+    to another folder, or the run's folder may have been moved.
+
+    Args:
+        cfg (CfgNode): the run's config.
+        opts (sequence[str]): the overrides in ``cfg``.
+        config_file (str): where ``cfg`` is from. For other files than ``config.yaml``, and if
+            ``opts`` set it, the folder is ``OUTPUT_DIR``.
+    """
+    is_run = os.path.basename(config_file) == "config.yaml" and "OUTPUT_DIR" not in opts
+    return os.path.dirname(config_file) if is_run else cfg.OUTPUT_DIR
+
+
 def load_run(cfg: CfgNode, opts: Sequence[str] = (), config_file: str = "") -> nn.Module:
     """
     Build the model of a run for inference, and print which weights it has.
 
     Args:
-        cfg (CfgNode): the run's config.
-        opts (sequence[str]): the overrides in ``cfg``. If they set ``MODEL.WEIGHTS``, or if the
-            run's folder has no checkpoint, the model gets ``MODEL.WEIGHTS``. Otherwise the model
-            gets ``model_final.pth``, or the last checkpoint of a run that has not ended.
-        config_file (str): where ``cfg`` is from. The run's folder is that of its ``config.yaml``,
-            because ``OUTPUT_DIR`` may be relative to another folder; for other files, OUTPUT_DIR.
+        cfg, opts, config_file: see :func:`run_folder`. The model gets the last checkpoint in this
+            folder. If ``opts`` set ``MODEL.WEIGHTS``, or if the folder has no checkpoint, the model
+            gets ``MODEL.WEIGHTS``.
 
     Raises:
         CheckpointError: see :func:`load_strict`.
     """
-    is_run = os.path.basename(config_file) == "config.yaml"
-    folder = os.path.dirname(config_file) if is_run else cfg.OUTPUT_DIR
+    folder = run_folder(cfg, opts, config_file)
     final = os.path.join(folder, "model_final.pth")
-    last = final if os.path.isfile(final) else latest_checkpoint(folder)
+    last = latest_checkpoint(folder) or (final if os.path.isfile(final) else None)
     weights = last if last and "MODEL.WEIGHTS" not in opts else cfg.MODEL.WEIGHTS
     model = build("the model", build_model, cfg).eval()
     in_checkpoint = load_strict(model, weights)

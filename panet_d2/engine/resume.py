@@ -72,7 +72,8 @@ def check_groups(saved: Groups, ours: Groups) -> None:
             "OUTPUT_DIR holds a run whose optimizer groups the parameters in another way; to "
             "resume it, SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR, "
             "MODEL.BACKBONE.FREEZE_AT and MODEL.ROI_MASK_HEAD.FC_FUSION.LR_FACTOR must stay as "
-            "they were. For other values, start a new run with its checkpoint as MODEL.WEIGHTS."
+            "they were. For other values, start a new run with the old run's checkpoint as "
+            "MODEL.WEIGHTS."
         )
 
 

@@ -104,7 +104,8 @@ class Trainer(TrainingLoop):
         # model and the checkpointer.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # in a program that has not set it up; else nobody sees the losses
+            # In a program that has not set it up, nobody would see the losses.
+            setup_logger(distributed_rank=comm.get_rank())
         check_values(cfg)
         cfg = build("the trainer", DefaultTrainer.auto_scale_workers, cfg, comm.get_world_size())
         model = build("the model", self.build_model, cfg)

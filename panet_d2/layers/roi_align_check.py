@@ -41,8 +41,8 @@ logger = logging.getLogger("panet_d2")
 _lock = threading.Lock()
 _failures: Dict[Tuple[str, torch.dtype], Optional[str]] = {}
 _checked: Set[Tuple[str, torch.dtype, Use, bool]] = set()
-# Of float32: a gradient on a coarse map is a sum of hundreds of terms, which the kernels add in an
-# order of their own. Its rounding reaches 1e-6 of the sum.
+# Relative tolerance of float32. A gradient on a coarse map is a sum of hundreds of terms, which the
+# kernels add in any order. Its rounding reaches 1e-6 of the sum.
 _RTOL = 1e-5
 
 
@@ -66,8 +66,6 @@ def triton_failure(
     Returns:
         str or None: what failed; None if the kernels are right.
     """
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     key = str(device), dtype
     with _lock:
         known = key in _failures and (

@@ -29,8 +29,9 @@ from .tta_mapper import MapperTTA, Rotate90Transform
 
 logger = logging.getLogger("panet_d2")
 
-# Augmentation switches parts of the model off and on again, which no other thread may see.
-_switching = threading.Lock()
+# Augmentation switches parts of the model off and on again, which no other augmented prediction may
+# see.
+_switching = threading.RLock()
 
 
 class RCNNWithTTA(TTAHooks):
@@ -81,26 +82,13 @@ class RCNNWithTTA(TTAHooks):
         with _switching:
             return self._merged(image)
 
-    @contextmanager
-    def without_heads(self, switches: List[str]) -> Iterator[None]:
-        """Also turns the heads on again after an error, which the parent does not."""
-        heads = self.model.roi_heads
-        before = {name: getattr(heads, name) for name in switches if hasattr(heads, name)}
-        try:
-            for name in before:
-                setattr(heads, name, False)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(heads, name, value)
-
     def _merged(self, image: dict) -> dict:
         shape = (image["height"], image["width"])
         views = self.tta_mapper(image)
         transforms = [view.pop("transforms") for view in views]
         sizes = [view.pop("min_size") for view in views]
         with ExitStack() as stack:
-            stack.enter_context(self.without_heads(["mask_on", "keypoint_on"]))
+            stack.enter_context(_without_heads(self.model, ["mask_on", "keypoint_on"]))
             if self.cfg.TEST.AUG.MERGE == "nms":
                 # Suppress all boxes once, below: a second Soft-NMS would lower scores twice.
                 stack.enter_context(_no_suppression(self.model))
@@ -205,6 +193,20 @@ class RCNNWithTTA(TTAHooks):
             isinstance(t, (HFlipTransform, VFlipTransform)) for t in transforms.transforms
         )
         return maps[:, self.flipped_keypoints] if mirrored % 2 else maps
+
+
+@contextmanager
+def _without_heads(model: nn.Module, switches: List[str]) -> Iterator[None]:
+    """Turn heads off by the names of their switches, and on again even after an error."""
+    heads = model.roi_heads
+    before = {name: getattr(heads, name) for name in switches if hasattr(heads, name)}
+    try:
+        for name in before:
+            setattr(heads, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(heads, name, value)
 
 
 @contextmanager

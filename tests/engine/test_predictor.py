@@ -62,11 +62,16 @@ def test_load_run(tmp_path, capsys):
     (folder / "last_checkpoint").write_text("model_0000004.pth")
     assert loaded() == (4, "model_0000004.pth")  # a run that has not ended
     save("model_final.pth", 5)
+    assert loaded() == (4, "model_0000004.pth")  # continued after its end
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    assert loaded() == (5, "model_final.pth")
+    (folder / "last_checkpoint").unlink()
     assert loaded() == (5, "model_final.pth")
     assert loaded("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) == (first, "model.pth")
     assert loaded(path="configs/own.yaml") == (first, "model.pth")
     cfg.OUTPUT_DIR = str(folder)
     assert loaded(path="configs/own.yaml") == (5, "model_final.pth")
+    assert loaded("OUTPUT_DIR", str(folder), path="other/config.yaml") == (5, "model_final.pth")
 
 
 def test_run_with_other_classes(tmp_path, caplog):
@@ -76,7 +81,8 @@ def test_run_with_other_classes(tmp_path, caplog):
     assert "was trained for the classes" not in caplog.text
     cfg.DATASETS.CATEGORIES = [[1, "dog"], [2, "cat"], [3, "cow"]]
     load_run(cfg)
-    assert "was trained for the classes 'cat', 'dog'" in caplog.text or "cat, dog" in caplog.text
+    message = "was trained for the classes cat, dog, cow, but config and data name them dog, cat"
+    assert message in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import resource
@@ -406,6 +407,13 @@ def options_by_parameter(optimizer):
         for group in optimizer.param_groups
         for p in group["params"]
     }
+
+
+def test_a_program_that_sets_up_no_logging_sees_the_losses(config_file):
+    logger = logging.getLogger("detectron2")
+    logger.setLevel(logging.WARNING)
+    Trainer(setup_config(config_file))
+    assert logger.isEnabledFor(logging.INFO) and logger.handlers
 
 
 class TestOptimizer:

@@ -24,7 +24,7 @@ pytest.importorskip("triton", "3.3")
 kernels = import_module("panet_d2.layers.roi_align_triton")
 module = import_module("panet_d2.layers.multilevel_roi_align")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 pytestmark = [needs_cuda] if DEVICE.type == "cuda" else []
 
 

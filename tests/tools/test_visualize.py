@@ -185,19 +185,33 @@ def test_curves_on_another_machine(trained, tmp_path, capsys):
     """Without the GPU of the run, and without its data."""
     config = trained / "config.yaml"
     text = config.read_text().replace("DEVICE: cpu", "DEVICE: cuda")
-    config.write_text(text.replace("squares", "not_here"))
     output = tmp_path / "figures"
-    assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 0
-    assert cv2.imread(str(output / "training.png")) is not None
-    assert f"no precision of {trained}: " in capsys.readouterr().out
+    for test_set in ("not_here", "coco_2017_val"):  # given in the config, or built in
+        config.write_text(text.replace("pictured_squares", test_set).replace("squares", "lost"))
+        assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 0
+        assert cv2.imread(str(output / "training.png")) is not None
+        assert f"no precision of {trained}: " in capsys.readouterr().out
     (trained / "metrics.json").write_text("")
     assert cli.run(visualize.main, ["curves", str(trained), "--output", str(output)]) == 1
     assert "no losses yet" in capsys.readouterr().err
 
 
 def test_oriented_boxes_are_not_drawn(run, capsys):
-    assert predictions(run, "MODEL.PROPOSAL_GENERATOR.NAME", "RRPN") == 1
-    assert "MODEL.PROPOSAL_GENERATOR.NAME is 'RRPN'" in capsys.readouterr().err
+    _, json_file, root = read_config(str(run / "config.yaml")).DATASETS.REGISTER_COCO[0]
+    content = json.loads(Path(json_file).read_text())
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x + w / 2, y + h / 2, w, h, 30.0]
+        del annotation["segmentation"]
+    turned = Path(json_file).with_name("turned.json")
+    turned.write_text(json.dumps(content))
+    opts = [
+        *("DATASETS.REGISTER_COCO", str([["turned", str(turned), root]])),
+        *("DATASETS.TEST", "('turned',)", "MODEL.MASK_ON", "False"),
+        *("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
+    ]
+    assert predictions(run, *opts) == 1
+    assert "visualize.py draws upright boxes only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

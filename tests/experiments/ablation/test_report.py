@@ -114,7 +114,7 @@ def test_full_panet_is_compared_with_mask_rcnn(tmp_path):
 
 
 def test_the_memory_format_may_differ(tmp_path):
-    """The fastest one depends on the processor, and results are the same with each."""
+    """The fastest one depends on the processor. Results are the same up to rounding."""
     write_run(tmp_path, "baseline", 1, 30.0)
     for seed, opts in ((1, ()), (2, ("MODEL.PAFPN.MEMORY_FORMAT", "contiguous"))):
         write_run(tmp_path, "ideas", seed, 31.0, opts=opts)
