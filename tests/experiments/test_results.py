@@ -226,15 +226,17 @@ def test_learning_rate_factor_on_other_data():
         assert f"{verb} {mask:.1f} mask AP and {box:.1f} box AP" in page, (mask, box)
 
 
-def test_diagnosis_of_the_folds():
+@pytest.mark.parametrize("data", ["granular", "facade"])
+def test_diagnosis(data):
     expected = []
-    for path in sorted((RESULTS / "granular").glob("diagnosis_*.json")):
+    for path in sorted((RESULTS / data).glob("diagnosis_*.json")):
         found = json.loads(path.read_text())
-        _, fold, rung, _ = path.stem.split("_")
+        *fold, rung, _ = path.stem.split("_")[1:]
         values = [found["recall"][s]["all"] for s in ("anchors", "proposals", "boxes", "masks")]
         values += [ap["AP"] for ap in found["mask AP with"].values()]
-        expected.append([fold[len("fold") :], FOLDS[rung], *(f"{value:.1f}" for value in values)])
-    assert table((RESULTS / "granular/README.md").read_text(), "## Diagnosis") == expected
+        name = [*(f[len("fold") :] for f in fold), FOLDS[rung]]
+        expected.append([*name, *(f"{value:.1f}" for value in values)])
+    assert table((RESULTS / data / "README.md").read_text(), "## Diagnosis") == expected
 
 
 def test_ground_truth_boxes_with_sgd():
@@ -245,12 +247,16 @@ def test_ground_truth_boxes_with_sgd():
         assert re.search(rf"{name}( had)? {ap:.1f}", text)
 
 
-def test_folds_in_the_docs():
-    found = json.loads((RESULTS / "granular/comparison.json").read_text())
+@pytest.mark.parametrize(
+    ("data", "heading", "row"),
+    [("granular", "Stones", "stones, four folds"), ("facade", "Fronts", "fronts, four classes")],
+)
+def test_comparisons_in_the_docs(data, heading, row):
+    found = json.loads((RESULTS / data / "comparison.json").read_text())
     short = ("AP75", "AP smaller", "AP similar", "AP larger")
     for page, columns in (
         ("docs/results.md", short),
-        ("experiments/results/granular/README.md", ("AP50", "AP75", "AP90", *short[1:])),
+        (f"experiments/results/{data}/README.md", ("AP50", "AP75", "AP90", *short[1:])),
     ):
         expected = []
         for rung, name in FOLDS.items():
@@ -259,12 +265,53 @@ def test_folds_in_the_docs():
             values = found["models"][rung]
             ap = [f"{values[c]:.1f}" for c in ("AP all", *columns)]
             expected.append([name, ap[0], difference, *ap[1:]])
-        assert table((ROOT / page).read_text(), "## Stones") == expected, page
+        assert table((ROOT / page).read_text(), f"## {heading}") == expected, page
     seeds = len(found["models"]["baseline"]["seeds"])
-    summary = ["stones, four folds", *(row[1] for row in expected), "", str(seeds)]
+    summary = [row, *(cells[1] for cells in expected), "", str(seeds)]
     for page, heading in (("docs/results.md", "## Summary"), ("README.md", "## What")):
         rows = table((ROOT / page).read_text(), heading)
-        assert [row for row in rows if row[0].startswith("stones")] == [summary], page
+        assert [cells for cells in rows if cells[0] == row] == [summary], page
+
+
+def fronts():
+    """Runs of the fronts by rung, all of seed 1."""
+    return {rung: json.loads((RESULTS / f"facade/{rung}_seed1.json").read_text()) for rung in FOLDS}
+
+
+def test_sentences_about_the_fronts():
+    found = json.loads((RESULTS / "facade/comparison.json").read_text())
+    (difference,) = found["differences"].values()
+    base, ours = (run["results"]["segm/AP"] for run in fronts().values())
+    curve = [f"{ap:.1f}" for ap in fronts()["baseline"]["curve"].values()]
+    pages = (ROOT / "docs/results.md", RESULTS / "facade/README.md")
+    for text in (" ".join(page.read_text().split()) for page in pages):
+        assert f"PANet-2fc has {-difference['mean']:.1f} less mask AP" in text
+        assert "has {} mask AP after 1000 steps and {} after 2000".format(*curve) in text
+    assert f"Over all ten classes PANet-2fc has {ours - base:.1f} more." in text
+    assert f"the {found['runs']} runs of photos" in text
+    recall = json.loads((RESULTS / "facade/diagnosis_baseline_seed1.json").read_text())["recall"]
+    reached, proposed = (recall[stage] for stage in ("anchors", "proposals"))
+    assert f"The anchors reach {reached['all']:.0f} % of the objects" in text
+    assert f"Mask R-CNN proposes {proposed['all']:.0f} % of them" in text
+    assert f"and {proposed['small']:.0f} % of those below 32 x 32 pixels" in text
+    exact = []
+    for rung in FOLDS:
+        found = json.loads((RESULTS / f"facade/diagnosis_{rung}_seed1.json").read_text())
+        exact.append(found["mask AP with"]["ground-truth boxes and classes"]["AP"])
+    assert f"With ground-truth boxes PANet-2fc has {exact[1] - exact[0]:.1f} more mask AP" in text
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"RPN proposes {proposed['all']:.0f} % of the objects" in page
+
+
+def test_classes_of_the_fronts():
+    runs = fronts()
+    rows = table((RESULTS / "facade/README.md").read_text(), "## Classes")
+    for name, _, *cells in rows:
+        key = "AP" if name == "all ten" else f"AP-{name}"
+        values = [run["results"][f"{t}/{key}"] for t in ("segm", "bbox") for run in runs.values()]
+        assert cells == [f"{value:.1f}" for value in values], name
+    of_classes = [key for key in runs["ideas"]["results"] if key.startswith("segm/AP-")]
+    assert len(rows) == len(of_classes) + 1
 
 
 def span(values, decimals=1):

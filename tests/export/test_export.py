@@ -117,8 +117,8 @@ def test_finds_the_same(name, format, images, tmp_path):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
     if name == "group_norm":
-        # With other random weights a norm divides the features of a box by almost nothing. Rounding,
-        # which differs between processors, then exceeds the tolerance.
+        # With other random weights a norm divides the features of a box by almost nothing. The
+        # rounding, which differs between processors, then exceeds the tolerance.
         torch.manual_seed(1)
     check(tiny(*MODELS[name]), images, str(tmp_path / "model"), format)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
