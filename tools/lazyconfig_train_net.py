@@ -7,13 +7,12 @@ import argparse
 import logging
 import sys
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import List, Optional
 
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    AMPTrainer,
     SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
@@ -30,6 +29,7 @@ from torch import nn
 from panet_d2 import cli
 from panet_d2.checkpoint import RunCheckpointer, StrictCheckpointer
 from panet_d2.engine import latest_checkpoint, launch, load_strict
+from panet_d2.engine.resume import ResumableAMPTrainer
 from panet_d2.errors import CheckpointError, ConfigError, PanetError
 
 logger = logging.getLogger("panet_d2")
@@ -67,13 +67,6 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> OrderedDict:
     )
     print_csv_format(results)
     return results
-
-
-class ResumableAMPTrainer(AMPTrainer):
-    """Also continues a run without mixed precision, whose state has no scale of the loss."""
-
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
 
 
 def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:

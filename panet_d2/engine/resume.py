@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.engine.train_loop import AMPTrainer
 from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils.file_io import PathManager
 from torch.optim.lr_scheduler import LRScheduler
@@ -99,3 +100,10 @@ def apply_settings(
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
         for group, lr in zip(optimizer.param_groups, scheduler.get_lr()):
             group["lr"] = lr
+
+
+class ResumableAMPTrainer(AMPTrainer):
+    """Also continues a run without mixed precision, whose state has no scale of the loss."""
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})

@@ -14,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
-from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine.train_loop import SimpleTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.solver import get_default_optimizer_params
@@ -39,7 +39,7 @@ from ..modeling.check_model import forget_unread_keys
 from ..modeling.roi_heads.mask_head import FCFusionBranch
 from .defaults import latest_checkpoint, load_strict
 from .hooks import StopOnSignal
-from .resume import apply_settings, check_groups, settings
+from .resume import ResumableAMPTrainer, apply_settings, check_groups, settings
 
 logger = logging.getLogger("panet_d2")
 
@@ -77,7 +77,7 @@ class _SimpleTrainer(_FiniteLosses, SimpleTrainer):
     pass
 
 
-class _AMPTrainer(_FiniteLosses, AMPTrainer):
+class _AMPTrainer(_FiniteLosses, ResumableAMPTrainer):
     pass
 
 
@@ -294,10 +294,8 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: if the state belongs to another optimizer.
         """
-        loop, optimizer = state_dict["_trainer"], self.loop.optimizer
-        check_groups(loop["optimizer"]["param_groups"], optimizer.param_groups)
-        if isinstance(self.loop, AMPTrainer):
-            loop.setdefault("grad_scaler", self.loop.grad_scaler.state_dict())
+        optimizer, saved = self.loop.optimizer, state_dict["_trainer"]["optimizer"]
+        check_groups(saved["param_groups"], optimizer.param_groups)
         configured = settings(optimizer)
         super().load_state_dict(state_dict)
         apply_settings(optimizer, configured, self.scheduler)

@@ -85,6 +85,11 @@ def test_commands_give_the_committed_runs(name, tmp_path, monkeypatch):
             assert (run["seed"], config(run["settings"])) in configs, path.name
 
 
+def prose(page):
+    """The text of a page without its line breaks."""
+    return " ".join((ROOT / page).read_text().split())
+
+
 STAGES = ["recall of anchors", "recall of proposals", "recall of masks"]
 
 
@@ -220,7 +225,7 @@ def test_learning_rate_factor_on_other_data():
     assert rows == [[*name, *ap[1.0], *ap[0.1]] for name, ap in found.items()]
     changes = pd.DataFrame(runs).set_index(["data", "factor"]).groupby(level=[0, 1]).mean()
     changes = changes.xs(0.1, level=1) - changes.xs(1.0, level=1)
-    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    page = prose("docs/results.md")
     for data, verb in (("nuclei", "gains"), ("demo", "loses")):
         mask, box = (abs(changes[key][data]) for key in ("segm/AP", "bbox/AP"))
         assert f"{verb} {mask:.1f} mask AP and {box:.1f} box AP" in page, (mask, box)
@@ -283,8 +288,7 @@ def test_sentences_about_the_fronts():
     (difference,) = found["differences"].values()
     base, ours = (run["results"]["segm/AP"] for run in fronts().values())
     curve = [f"{ap:.1f}" for ap in fronts()["baseline"]["curve"].values()]
-    pages = (ROOT / "docs/results.md", RESULTS / "facade/README.md")
-    for text in (" ".join(page.read_text().split()) for page in pages):
+    for text in map(prose, ("docs/results.md", "experiments/results/facade/README.md")):
         assert f"PANet-2fc has {-difference['mean']:.1f} less mask AP" in text
         assert "has {} mask AP after 1000 steps and {} after 2000".format(*curve) in text
     assert f"Over all ten classes PANet-2fc has {ours - base:.1f} more." in text
@@ -299,7 +303,7 @@ def test_sentences_about_the_fronts():
         found = json.loads((RESULTS / f"facade/diagnosis_{rung}_seed1.json").read_text())
         exact.append(found["mask AP with"]["ground-truth boxes and classes"]["AP"])
     assert f"With ground-truth boxes PANet-2fc has {exact[1] - exact[0]:.1f} more mask AP" in text
-    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    page = prose("docs/results.md")
     assert f"RPN proposes {proposed['all']:.0f} % of the objects" in page
 
 
@@ -342,15 +346,13 @@ def test_sentences_about_the_stones():
     models = json.loads((folder / "comparison.json").read_text())["models"]
     sizes = {s: models["ideas"][s] - models["baseline"][s] for s in ("AP smaller", "AP larger")}
     tried = json.loads((folder / "tried_adamw_comparison.json").read_text())["differences"]["ideas"]
-    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    page = prose("docs/results.md")
     assert f"by {span(gains['segm/AP'])}, and more box AP, by {span(gains['bbox/AP'])}." in page
     assert f"median side of their image gain {sizes['AP smaller']:.1f}" in page
     assert f"more than twice the median side gain {sizes['AP larger']:.1f}" in page
-    assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in readme_of_stones()
-
-
-def readme_of_stones():
-    return " ".join((RESULTS / "granular/README.md").read_text().split())
+    assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in prose(
+        "experiments/results/granular/README.md"
+    )
 
 
 def test_sentences_about_the_diagnosis_of_the_stones():
@@ -370,10 +372,10 @@ def test_sentences_about_the_diagnosis_of_the_stones():
         exact.append(f"{in_exact['ideas'] - in_exact['baseline']:.1f}")
         masks += [own["ideas"] - in_other["baseline"], in_other["ideas"] - own["baseline"]]
         boxes += [own["ideas"] - in_other["ideas"], in_other["baseline"] - own["baseline"]]
-    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    page = prose("docs/results.md")
     assert f"with equal boxes they have {span(masks)} more mask AP" in page
     assert f"with ground-truth boxes {' and '.join(exact)} (folds 1 and 2, seed 1)" in page
-    readme = readme_of_stones()
+    readme = prose("experiments/results/granular/README.md")
     assert f"With ground-truth boxes PANet-2fc has {' and '.join(exact)} more mask AP" in readme
     assert f"masks have {span(masks)} more mask AP than" in readme
     assert f"PANet-2fc's boxes add {span(boxes)}." in readme
@@ -415,7 +417,7 @@ def test_sentences_about_inference_options():
         for data in ("nuclei", "stones")
     }
     voting = [g for data in three for g in gains[data, "mask AP", "box voting"]]
-    page = " ".join((ROOT / "docs/inference.md").read_text().split())
+    page = prose("docs/inference.md")
     for sentence in (
         "gain {1:.1f} mask AP for PANet-2fc and {0:.1f} for Mask R-CNN on the".format(*of_all),
         f"{three['nuclei']}, {three['stones']}",
