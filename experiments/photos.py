@@ -226,11 +226,11 @@ def compare(
             s: _Evaluated(coco, found, limit, categories) for s, found in seeds.items()
         }
     models = {name: _summary(runs) for name, runs in evaluated.items()}
-    photos: Dict[Any, List[int]] = defaultdict(list)
+    units: Dict[Any, List[int]] = defaultdict(list)
     first = next(iter(evaluated[baseline].values()))
     for place, image_id in enumerate(first.images):
-        photos[coco.imgs[image_id][unit]].append(place)
-    groups = list(photos.values())
+        units[coco.imgs[image_id][unit]].append(place)
+    groups = list(units.values())
     generator = np.random.default_rng(0)
     drawn = [
         [place for g in generator.integers(len(groups), size=len(groups)) for place in groups[g]]
@@ -239,7 +239,7 @@ def compare(
     ap = {
         name: {
             seed: np.array([_mean(run.precision(places, 1)[:, 0]) for places in drawn])
-            for seed, run in tqdm(runs.items(), desc=f"photos drawn for {name}", unit="seed")
+            for seed, run in tqdm(runs.items(), desc=f"{unit}s drawn for {name}", unit="seed")
         }
         for name, runs in evaluated.items()
     }
