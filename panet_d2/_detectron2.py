@@ -33,6 +33,9 @@ from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNNWithTTA
+
+# Repeats sizes or ratios for each level.
+from detectron2.modeling.anchor_generator import _broadcast_params as broadcast_params  # noqa: F401
 from detectron2.structures import Instances
 
 # For type checkers, each mixin below derives from the class that it extends.
@@ -82,6 +85,12 @@ class LoadHooks(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         return self.load_weights(checkpoint)
+
+
+def forget_address(checkpointer: DetectionCheckpointer) -> None:
+    """Forget the address of a checkpoint that could not be loaded, so that another can be."""
+    if hasattr(checkpointer, "_parsed_url_during_load"):
+        checkpointer._parsed_url_during_load = None
 
 
 class AnnotationHook(DatasetMapper):

@@ -21,6 +21,7 @@ from ..checkpoint.safe_load import first_line
 from ..config import read_choice
 from ..errors import ConfigError, ExportError
 from ..layers.multilevel_roi_align import ONNX_OPSET
+from ..modeling.anchor_generator import ANCHOR_GENERATORS
 from .verify import Agreement, blank_images
 
 FORMATS = ("torchscript", "onnx")
@@ -59,7 +60,7 @@ def check_exportable(cfg: CfgNode, formats: Sequence[str] = FORMATS) -> None:
             "stage, because deformable convs cannot be exported."
         )
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        read_choice(cfg, "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",))
+        read_choice(cfg, "MODEL.ANCHOR_GENERATOR.NAME", tuple(ANCHOR_GENERATORS))
     else:
         # ONNX has no operators for rotated boxes. Precomputed proposals would need a second input.
         read_choice(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", ("RPN",))

@@ -1,3 +1,4 @@
+from .anchor_generator import DetectronAnchorGenerator
 from .backbone import PAFPN, build_resnet_pafpn_backbone, build_retinanet_resnet_pafpn_backbone
 from .poolers import AdaptiveROIPooler, adaptive_poolers
 from .roi_heads import (
@@ -18,6 +19,7 @@ from .tta_mapper import MapperTTA, Rotate90Transform
 __all__ = [
     "AdaptivePoolingMixin",
     "AdaptiveROIPooler",
+    "DetectronAnchorGenerator",
     "FCFusionBranch",
     "FastRCNNConvFCNormHead",
     "MapperTTA",

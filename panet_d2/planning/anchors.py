@@ -10,10 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import RetinaNet
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 
+from ..modeling.anchor_generator import ANCHOR_GENERATORS
 from ..modeling.check_model import is_architecture
 from .fingerprint import Fingerprint
 
@@ -21,12 +21,12 @@ from .fingerprint import Fingerprint
 def anchor_strides(cfg: CfgNode) -> Optional[List[int]]:
     """
     Return the strides of the feature maps that have anchors, from the names of FPN's levels: "p2"
-    has stride 4. Return None if other maps have anchors, or the generator is not Detectron2's
-    DefaultAnchorGenerator.
+    has stride 4. Return None if other maps have anchors, or the generator is not one of
+    :data:`ANCHOR_GENERATORS`.
     """
     names = (cfg.MODEL.RETINANET if is_architecture(cfg, RetinaNet) else cfg.MODEL.RPN).IN_FEATURES
     levels = [re.fullmatch(r"p(\d+)", name) for name in names]
-    if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not all(levels):
+    if cfg.MODEL.ANCHOR_GENERATOR.NAME not in ANCHOR_GENERATORS or not all(levels):
         return None
     return [2 ** int(level[1]) for level in levels if level]
 
@@ -77,7 +77,7 @@ def anchor_overlaps(cfg: CfgNode, fingerprint: Fingerprint) -> Optional[np.ndarr
     if strides is None:
         return None
     node = cfg.MODEL.ANCHOR_GENERATOR
-    generator = DefaultAnchorGenerator(
+    generator = ANCHOR_GENERATORS[node.NAME](
         sizes=node.SIZES, aspect_ratios=node.ASPECT_RATIOS, strides=strides, offset=node.OFFSET
     )
     boxes = torch.from_numpy(scaled_boxes(cfg, fingerprint)).float()
