@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Real
-from typing import Any, Iterable, List, Optional, Set, Tuple
+from numbers import Integral, Real
+from typing import Any, Iterable, List, Optional, Set, Tuple, Union
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,10 +11,22 @@ from detectron2.data.catalog import Metadata
 
 from .errors import ConfigError
 
-Categories = List[Tuple[int, str]]  # (dataset's id, name) of each class, in the model's order
+Categories = List[
+    Tuple[Union[int, str], str]
+]  # (dataset's id, name) of each class, in the model's order
 
 # Names of datasets that are not registered and whose metadata comes from a config.
 _from_config: Set[str] = set()
+
+
+class _Replaceable(Metadata):
+    """Metadata from a config, in which a program may still replace names and ids."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+            self.__dict__.pop(key, None)  # the parent rejects another value
+            _from_config.discard(self.name)
+        super().__setattr__(key, value)
 
 
 def as_categories(value: Any) -> Optional[Categories]:
@@ -22,7 +34,8 @@ def as_categories(value: Any) -> Optional[Categories]:
     if not isinstance(value, (list, tuple)):
         return None
     for item in value:
-        if not isinstance(item, (list, tuple)) or [type(part) for part in item] != [int, str]:
+        kinds = [type(part) for part in item] if isinstance(item, (list, tuple)) else []
+        if kinds not in ([int, str], [str, str]):
             return None
     return [(item[0], item[1]) for item in value]
 
@@ -36,8 +49,8 @@ def read_categories(cfg: CfgNode) -> Categories:
         if isinstance(value, (list, tuple)):
             found = f"has {next(item for item in value if as_categories([item]) is None)!r}"
         raise ConfigError(
-            f"DATASETS.CATEGORIES {found}; it must be a list of [id, name], a whole number and a "
-            "text."
+            f"DATASETS.CATEGORIES {found}; it must be a list of [id, name], a whole number or "
+            "text, and a text."
         )
     if len({category_id for category_id, _ in categories}) < len(categories):
         raise ConfigError("DATASETS.CATEGORIES has an id twice; each class must have its own.")
@@ -117,7 +130,10 @@ def name_datasets(cfg: CfgNode, num_classes: Optional[int] = None) -> None:
             and name not in DatasetCatalog
             and not MetadataCatalog.get(name).get("thing_classes")
         ):
-            MetadataCatalog.get(name).set(**_metadata(kept))
+            metadata = MetadataCatalog.get(name)
+            metadata.set(**_metadata(kept))
+            # The class of metadata has its own __setattr__.
+            object.__setattr__(metadata, "__class__", _Replaceable)
             _from_config.add(name)
 
 
@@ -145,6 +161,8 @@ def model_metadata(cfg: CfgNode) -> Metadata:
 
 def _as_int(value: Any) -> Any:
     """Convert a whole number, such as numpy's or 1.0, to int; return anything else unchanged."""
+    if isinstance(value, Integral):
+        return int(value)
     return int(float(value)) if isinstance(value, Real) and float(value).is_integer() else value
 
 

@@ -1,8 +1,11 @@
 """Names and ids of the classes, from the dataset to the run's config and back."""
 
+import json
+
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 
 from panet_d2.categories import dataset_categories, read_categories
 from panet_d2.data import setup_datasets
@@ -84,7 +87,7 @@ def test_other_number_of_classes(cfg):
         ("text", "'text'"),
         ([1, 2], "has 1; it must be a list of"),
         ([[1, "a"], [2]], r"has \[2\];"),
-        ([["1", "a"]], r"has \['1', 'a'\]"),
+        ([[1.5, "a"]], r"has \[1.5, 'a'\]"),
         ([[1, 2]], r"has \[1, 2\]"),
         ([[True, "a"]], r"has \[True"),
         ([[1, "a"], [1, "b"]], "an id twice"),
@@ -111,3 +114,39 @@ def test_datasets_of_detectron2():
     lvis = dataset_categories("lvis_v1_val")
     assert len(lvis) == 1203 and lvis[0][0] == 1 and lvis[-1][0] == 1203
     assert dataset_categories("coco_2017_val_panoptic") == []  # "things" that are stuff
+
+
+def test_ids_that_are_text(cfg, tmp_path):
+    """A run keeps them, as numbers."""
+    json_file = cfg.DATASETS.REGISTER_COCO[0][1]
+    with open(json_file) as f:
+        content = json.load(f)
+    for record in (*content["categories"], *content["annotations"]):
+        key = "category_id" if "category_id" in record else "id"
+        record[key] = f"c{record[key]}"
+    with open(json_file, "w") as f:
+        json.dump(content, f)
+    again = kept(cfg)
+    setup_datasets(again, needed=())
+    assert [c[0] for c in again.DATASETS.CATEGORIES] == ["c1", "c2", "c3"]
+
+
+def test_ids_that_floats_cannot_tell_apart():
+    ids = [2**64 + 1, 2**64 + 2]
+    MetadataCatalog.get("large_ids").set(
+        thing_classes=["a", "b"],
+        thing_dataset_id_to_contiguous_id={i: n for n, i in enumerate(ids)},
+    )
+    assert [c[0] for c in dataset_categories("large_ids")] == ids
+
+
+def test_a_program_may_name_the_classes(cfg):
+    """Also after the model is built, and for the models that it builds later."""
+    again = kept(cfg)
+    build_model(again)
+    own = ["first", "second", "third"]
+    metadata = MetadataCatalog.get("named_squares")
+    assert metadata.thing_classes[0] == "class0"
+    metadata.set(thing_classes=own)
+    build_model(again)
+    assert MetadataCatalog.get("named_squares").thing_classes == own

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import RotatedCOCOEvaluator
-from detectron2.modeling import build_model
+from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads, build_model
 from detectron2.structures import BoxMode, Instances, RotatedBoxes
 
 from panet_d2 import ConfigError, DataError
@@ -166,6 +166,18 @@ def test_upright_boxes_for_an_oriented_model(tmp_path, monkeypatch):
 def test_parts_for_upright_boxes(opts, message, backbone):
     with pytest.raises(ConfigError, match=message):
         build_model(tiny_cfg(*ORIENTED, "MODEL.BACKBONE.NAME", backbone, *opts))
+
+
+def test_parts_of_a_user(monkeypatch):
+    """Detectron2 takes any; what they need is not known here."""
+
+    class OwnHeads(ROIHeads):
+        def __init__(self, cfg, input_shape):
+            super().__init__(**self.from_config(cfg))
+
+    monkeypatch.setitem(ROI_HEADS_REGISTRY._obj_map, "OwnHeads", OwnHeads)
+    opts = ("MODEL.ROI_HEADS.NAME", "OwnHeads", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")
+    build_model(tiny_cfg(*ORIENTED, *opts))
 
 
 def test_without_compiled_operators(monkeypatch):

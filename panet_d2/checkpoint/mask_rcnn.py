@@ -19,6 +19,11 @@ _STEMS = {
     ("mask", 4): "roi_heads.mask_head.mask_fcn",
     ("keypoint", 4): "roi_heads.keypoint_head.conv_fcn",
 }
+# The layers of the RPN whose width is the number of anchors at a position.
+_OF_ANCHORS = tuple(
+    f"proposal_generator.rpn_head.{n}." for n in ("objectness_logits", "anchor_deltas")
+)
+_STAGED = re.compile(r"(roi_heads\.box_(?:head|predictor)\.)(\d+)\.(.+)")  # of a cascade
 _SMALL = 0.01  # not 0, where a ReLU has no gradient
 _GROUPS = 32  # of Detectron2's GroupNorm
 
@@ -36,6 +41,12 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
       after the second conv starts with the scale and shift that restore P(i).
     - The linear layer of fully-connected fusion is zero, so the masks are those of the FCN path.
       The layer learns, because its input is not zero.
+
+    The stages of a cascade share the adaptation layers, which start from the first layer of the
+    first stage. Without stages, a Mask R-CNN's box head starts every stage.
+
+    The RPN's predictor starts from scratch if the model has another number of anchors at each
+    position.
 
     The box heads do not match if only one of them begins with convs, because layers of the same
     name then read different inputs. In this case, the PANet's box head trains from scratch.
@@ -61,17 +72,27 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
     matches = filter(None, (re.fullmatch(pattern, name) for name in model))
     adaptations = {_STEMS[m[2], model[m[0]].dim()]: m[1] for m in matches}
     convs = _STEMS["box", 4]
-    begins_with_convs = convs in adaptations or f"{convs}1.weight" in model
-    other_box_head = begins_with_convs != (f"{convs}1.weight" in source)
+    first_convs = f"{convs}1.weight"
+    begins_with_convs = convs in adaptations or any(_plain(n) == first_convs for n in model)
+    other_box_head = begins_with_convs != any(_plain(n) == first_convs for n in source)
+    stages = sorted({match[2] for match in map(_STAGED.fullmatch, model) if match})
     result = Conversion()
     for name, tensor in source.items():
+        staged = _STAGED.fullmatch(name)
+        stage = staged[2] if staged else ""
+        if stage > "0" and not stages:
+            result.leave_out(name, tensor, "a later stage of a cascade")
+            continue
         if other_box_head and name.startswith("roi_heads.box_"):
             result.leave_out(name, tensor, "another kind of box head")
             continue
-        target = name
-        match = re.fullmatch(r"(.+?)(\d+)\.((?:norm\.)?\w+)", name)
+        target = _plain(name)
+        match = re.fullmatch(r"(.+?)(\d+)\.((?:norm\.)?\w+)", target)
         if match and match[1] in adaptations:
             stem, number, rest = match.groups()
+            if number == "1" and stage > "0":
+                result.leave_out(name, tensor, "the stages share the adaptation layers")
+                continue
             if number == "1":
                 layer = f"{adaptations[stem]}.{rest}"
                 if tensor.dim() and layer in model:
@@ -79,20 +100,38 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
                 result.put("copied", name, layer, tensor, "into every level")
                 continue
             target = f"{stem}{int(number) - 1}.{rest}"
-        ours = model.get(target)
-        if ours is None and not name.startswith("backbone."):
-            result.leave_out(name, tensor, "PANet has no such layer")
-        elif ours is not None and "predictor" in target and tensor.shape != ours.shape:
-            shape = "x".join(map(str, ours.shape))
-            result.leave_out(name, tensor, f"another number of classes, {shape}")
-        else:
-            result.put("carried", name, target, tensor)
-    may_be_new = [n for n in model if n.startswith(("backbone.pafpn_", "roi_heads."))]
+        targets = [target]
+        if stages and target.startswith(("roi_heads.box_head.", "roi_heads.box_predictor.")):
+            into = [stage] if stage else stages
+            targets = [re.sub(r"(box_(?:head|predictor)\.)", rf"\g<1>{s}.", target) for s in into]
+        for target in targets:
+            ours = model.get(target)
+            if ours is None and not name.startswith("backbone."):
+                result.leave_out(name, tensor, "PANet has no such layer")
+                continue
+            what = "classes" if "predictor" in target else "anchors"
+            may_differ = what == "classes" or target.startswith(_OF_ANCHORS)
+            if ours is not None and may_differ and tensor.shape != ours.shape:
+                shape = "x".join(map(str, ours.shape))
+                result.leave_out(name, tensor, f"another number of {what}, {shape}")
+            else:
+                result.put("carried", name, target, tensor)
+    may_be_new = [
+        name
+        for name in model
+        if name.startswith(("backbone.pafpn_", "roi_heads."))
+        or (name.startswith(_OF_ANCHORS) and name in source)
+    ]
     new = [n for n in may_be_new if n not in result.state]
     result.check(model, new)
     for name in new:
-        result.put("initialised", "", name, *_start(name, model, result.state, fc_relu))
+        result.put("initialized", "", name, *_start(name, model, result.state, fc_relu))
     return result
+
+
+def _plain(name: str) -> str:
+    """Return the name of a layer without the stage of a cascade."""
+    return _STAGED.sub(r"\1\3", name)
 
 
 def _start(name: str, model: Tensors, donor: Tensors, fc_relu: bool) -> Tuple[torch.Tensor, str]:

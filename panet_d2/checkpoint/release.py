@@ -108,8 +108,8 @@ def release_rules() -> List[Rule]:
 
 
 def add_norm_statistics(result: Conversion, model: Tensors) -> None:
-    """Initialise the statistics of the ResNet's norms, which the released models do not have."""
+    """Initialize the statistics of the ResNet's norms, which the released models do not have."""
     for name, value in model.items():
         # FrozenBatchNorm2d starts with mean 0 and variance 1 - eps, so it is weight * x + bias.
         if re.fullmatch(r"backbone\.bottom_up\..*\.norm\.running_(mean|var)", name):
-            result.put("initialised", "", name, value, "so that the norm is scale and shift alone")
+            result.put("initialized", "", name, value, "so that the norm is scale and shift alone")

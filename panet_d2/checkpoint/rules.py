@@ -42,7 +42,7 @@ class Rule:
 class Row:
     """One line of the account: what happened to a tensor of the source or of the model."""
 
-    action: str  # "carried", "copied", "initialised" or "left out"
+    action: str  # "carried", "copied", "initialized" or "left out"
     source: str
     target: str
     shape: Tuple[int, ...]

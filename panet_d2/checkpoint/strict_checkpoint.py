@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Sequence, Tuple
 from urllib.parse import urlparse
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .._detectron2 import LoadHooks
+from .._detectron2 import LoadHooks, forget_address
 from ..errors import CheckpointError
+from ..modeling.roi_heads.other_layers import drop_other_layers
 from .atomic import AtomicPathManager
 from .safe_load import find_weights, first_line, load_untrusted
 
@@ -68,7 +71,10 @@ class StrictCheckpointer(LoadHooks):
                 f"names: {first_line(e)}"
             ) from e
         self._path = path
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            forget_address(self)
 
     def read_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith(".pkl"):
@@ -93,6 +99,33 @@ class StrictCheckpointer(LoadHooks):
         return weights if weights is content else {**content, "model": weights}
 
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
+        weights = checkpoint["model"]
+        self._check_pixels(weights)
+        if self.required is not None:
+            drop_other_layers(weights, self.model.state_dict())
+            return self._load_checked(checkpoint)
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        try:
+            return self._load_checked(checkpoint)
+        except CheckpointError:
+            self.model.load_state_dict(before)  # of a program that goes on
+            raise
+
+    def _check_pixels(self, weights: Dict[str, Any]) -> None:
+        """Compare, and remove, mean and deviation of the pixels, which old checkpoints have."""
+        for name in ("pixel_mean", "pixel_std"):
+            theirs, ours = weights.pop(name, None), getattr(self.model, name, None)
+            if theirs is None or not isinstance(ours, torch.Tensor):
+                continue
+            theirs = torch.as_tensor(theirs).flatten().tolist()
+            ours = ours.flatten().tolist()
+            if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-3):
+                raise CheckpointError(
+                    f"{self._path} has {name} {theirs}, but MODEL.{name.upper()} is {ours}; set "
+                    "the key to the checkpoint's values."
+                )
+
+    def _load_checked(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super().load_weights(checkpoint)
         prefixes = ("",) if self.required is None else tuple(self.required)
 

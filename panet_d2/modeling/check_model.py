@@ -126,7 +126,10 @@ def check_model(cfg: CfgNode) -> None:
 
 
 def _check_oriented_parts(cfg: CfgNode) -> None:
-    """Raise a ConfigError if a part of a model with oriented boxes needs upright boxes."""
+    """
+    Raise a ConfigError if a part of a model with oriented boxes needs upright boxes. Models with
+    parts from outside of Detectron2 and this package are not checked.
+    """
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     because = f"because MODEL.PROPOSAL_GENERATOR.NAME is {name!r} and finds oriented boxes"
     for node, registry, base, wanted in (
@@ -134,6 +137,11 @@ def _check_oriented_parts(cfg: CfgNode) -> None:
         ("ROI_HEADS", ROI_HEADS_REGISTRY, RROIHeads, "PANetRROIHeads or "),
     ):
         part = cfg.MODEL[node].NAME
+        found = dict(registry).get(part)
+        if isinstance(found, type) and not found.__module__.startswith(
+            ("detectron2.", "panet_d2.")
+        ):
+            return  # a user's own, with needs of its own
         if not _is_registered(registry, part, base):
             raise ConfigError(
                 f"MODEL.{node}.NAME is {part!r}; it must be {wanted}{base.__name__}, {because}."
@@ -200,13 +208,14 @@ class TrainingNotice(_Module):
 _stock_retinanet_from_config = RetinaNet.from_config.__func__
 
 
-def _retinanet_from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
+# The signature must be the stock one, see roi_heads._from_config.
+def _retinanet_from_config(cls: type, cfg: CfgNode) -> dict:
     for key in suppression_keys(cfg):
         raise ConfigError(
             f"{key} is True; MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has only NMS, "
             "so it must be False."
         )
-    return _stock_retinanet_from_config(cls, cfg, *args)
+    return _stock_retinanet_from_config(cls, cfg)
 
 
 # No other code of this package sees the config of a stock RetinaNet, as with stock ROI heads.

@@ -150,7 +150,8 @@ class MapperTTA(DatasetMapperTTA):
 _stock_mapper_from_config = DatasetMapperTTA.from_config.__func__
 
 
-def _mapper_from_config(cls: type, cfg: CfgNode, *args: Any) -> Dict[str, Any]:
+# The signature must be the stock one, see roi_heads._from_config.
+def _mapper_from_config(cls: type, cfg: CfgNode) -> Dict[str, Any]:
     if cls is DatasetMapperTTA:
         aug = cfg.TEST.AUG
         asked = [f"TEST.AUG.{k}" for k, v in _OWN_KEYS.items() if aug.get(k, v) not in (v, [])]
@@ -159,7 +160,7 @@ def _mapper_from_config(cls: type, cfg: CfgNode, *args: Any) -> Dict[str, Any]:
                 f"{key} is set, but Detectron2's GeneralizedRCNNWithTTA ignores it; use "
                 "panet_d2.modeling.RCNNWithTTA, or train_net.py, which does."
             )
-    return _stock_mapper_from_config(cls, cfg, *args)
+    return _stock_mapper_from_config(cls, cfg)
 
 
 # In a stock program with test-time augmentation, no other code of this package sees the config.

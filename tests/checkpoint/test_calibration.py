@@ -98,7 +98,7 @@ def test_from_file_to_file(tmp_path):
     torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
     paths = [str(tmp_path / name) for name in ("donor.pth", "plain.pth", "calibrated.pth")]
     images = inputs(2)
-    torch.manual_seed(0)  # of what is initialised
+    torch.manual_seed(0)  # of what is initialized
     plain = convert("mask-rcnn", paths[0], paths[1], cfg)
     torch.manual_seed(0)
     result = convert("mask-rcnn", paths[0], paths[2], cfg, calibration=images)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -61,8 +63,8 @@ def test_account_has_every_tensor():
     rows = warm_start(donor, model).rows
     assert {r.source for r in rows} - {""} == set(donor)
     assert sorted(r.target for r in rows if r.target) == sorted(model)
-    assert {r.action for r in rows} == {"carried", "copied", "initialised"}
-    new = [r.target for r in rows if r.action == "initialised"]
+    assert {r.action for r in rows} == {"carried", "copied", "initialized"}
+    new = [r.target for r in rows if r.action == "initialized"]
     assert all("pafpn_" in n or "fc_fusion" in n for n in new)
 
 
@@ -153,11 +155,11 @@ def test_box_head_of_another_kind_starts_anew(donors, ours):
         assert {action for action, _ in notes} <= {"carried", "copied"}
     else:
         assert notes == {
-            ("initialised", "as for training from scratch"),
+            ("initialized", "as for training from scratch"),
             ("left out", "another kind of box head"),
         }
     mask = {r.action for r in rows if (r.target or r.source).startswith("roi_heads.mask_")}
-    assert mask == {"carried", "initialised"} | (set() if "no AFP" in ours else {"copied"})
+    assert mask == {"carried", "initialized"} | (set() if "no AFP" in ours else {"copied"})
 
 
 def test_only_copies_are_calibrated(tmp_path):
@@ -195,3 +197,49 @@ def test_from_file_to_file(tmp_path):
     with pytest.raises(CheckpointError, match="other.pth: not a Detectron2 Mask R-CNN with FPN"):
         convert("mask-rcnn", str(tmp_path / "other.pth"), str(tmp_path / "x.pth"), cfg)
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_other_anchors_leave_the_rpns_predictor_out():
+    more = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.25, 0.5, 1.0, 2.0, 4.0]])
+    donor, model = state(*DONOR), state(*more)
+    result = warm_start(donor, model)
+    rows = {r.source: r for r in result.rows if "rpn_head" in r.source}
+    for name, row in rows.items():
+        assert row.action == ("carried" if ".conv." in name else "left out"), name
+    left = [name for name, row in rows.items() if row.action == "left out"]
+    assert len(left) == 4 and all("number of anchors" in rows[name].note for name in left)
+    assert all(torch.equal(result.state[name], model[name]) for name in left)
+
+
+CASCADE = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+
+
+@pytest.mark.parametrize("donor_is_cascade", [False, True])
+@pytest.mark.parametrize("afp", [False, True])
+def test_cascades(donor_is_cascade, afp):
+    ours = (*CASCADE, "MODEL.ROI_HEADS.NAME", "PANetCascadeROIHeads")
+    if not afp:
+        ours = (*ours, *NO_AFP, "MODEL.ROI_BOX_HEAD.NUM_FC", 2)
+    donors = (*DONOR, *CASCADE)
+    if donor_is_cascade:
+        donors = (*donors, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
+    donor, model = state(*donors), state(*ours)
+    result = warm_start(donor, model).state
+    assert result.keys() == model.keys()
+    for stage in range(3):
+        theirs = f"roi_heads.box_head.{stage}" if donor_is_cascade else "roi_heads.box_head"
+        second = result[f"roi_heads.box_head.{stage}.fc{1 if afp else 2}.weight"]
+        assert torch.equal(second, donor[f"{theirs}.fc2.weight"])
+    if afp:
+        first = "roi_heads.box_head.0.fc1" if donor_is_cascade else "roi_heads.box_head.fc1"
+        layers = result["roi_heads.box_pooler.adaptation_layers.weight"].chunk(4)
+        assert all(torch.equal(layer, donor[f"{first}.weight"]) for layer in layers)
+
+
+def test_a_cascade_starts_a_panet_without_stages():
+    donor = state(*DONOR, *CASCADE, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
+    result = warm_start(donor, state(*CASCADE))
+    second = donor["roi_heads.box_head.0.fc2.weight"]
+    assert torch.equal(result.state["roi_heads.box_head.fc1.weight"], second)
+    notes = {r.note for r in result.rows if re.match(r"roi_heads.box_\w+\.[12]\.", r.source)}
+    assert notes == {"a later stage of a cascade"}

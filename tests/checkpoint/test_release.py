@@ -122,9 +122,9 @@ def test_every_name_of_the_released_models(name, tmp_path):
     # Four tensors of the release make up one adaptation layer.
     targets = {re.sub(r"\[[0-3]\]$", "", row.target) for row in result.rows}
     assert targets - {""} == set(result.state)
-    assert {row.action for row in result.rows} == {"carried", "initialised"}
-    initialised = [row.target for row in result.rows if row.action == "initialised"]
-    assert all("running_" in target for target in initialised)
+    assert {row.action for row in result.rows} == {"carried", "initialized"}
+    initialized = [row.target for row in result.rows if row.action == "initialized"]
+    assert all("running_" in target for target in initialized)
 
     model = build_model(cfg)
     load_strict(model, str(tmp_path / "out.pth"))  # raises on any name or shape

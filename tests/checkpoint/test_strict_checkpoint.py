@@ -167,3 +167,28 @@ def test_no_checkpoint():
         StrictCheckpointer(Model()).load("")
     with pytest.raises(CheckpointError, match="'lost.pth', which MODEL.WEIGHTS.* no such file"):
         StrictCheckpointer(Model()).load("lost.pth")
+
+
+def test_the_model_is_as_before_if_the_checkpoint_does_not_match(path, tmp_path):
+    """And the checkpointer loads another one."""
+    model = Model(extra=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    checkpointer = StrictCheckpointer(model)
+    with pytest.raises(CheckpointError, match="not in the checkpoint"):
+        checkpointer.load(path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    torch.save({"model": Model(extra=True).state_dict()}, tmp_path / "other.pth")
+    checkpointer.load(str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("mean, loads", [([1.0, 2.0, 3.0], True), ([1.0, 2.0, 4.0], False)])
+def test_mean_of_the_pixels_in_old_checkpoints(tmp_path, mean, loads):
+    model = Model()
+    model.register_buffer("pixel_mean", torch.tensor([1.0, 2.0, 3.0]), persistent=False)
+    weights = {**Model().state_dict(), "pixel_mean": torch.tensor(mean).view(3, 1, 1)}
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    if loads:
+        StrictCheckpointer(model).load(str(tmp_path / "model.pth"))
+    else:
+        with pytest.raises(CheckpointError, match="MODEL.PIXEL_MEAN is"):
+            StrictCheckpointer(model).load(str(tmp_path / "model.pth"))

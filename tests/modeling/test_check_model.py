@@ -4,13 +4,16 @@ import logging
 
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import configurable, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
+    DatasetMapperTTA,
     GeneralizedRCNN,
+    RetinaNet,
     StandardROIHeads,
     build_model,
 )
@@ -183,3 +186,25 @@ def test_ours_does_not(caplog, tmp_path):
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     Predictor(cfg)
     assert not warnings(caplog)
+
+
+def test_arguments_override_the_config():
+    """As in Detectron2, also where this package reads the config first."""
+
+    class Heads(StandardROIHeads):
+        @configurable
+        def __init__(self, *, extra=0, **kwargs):
+            super().__init__(**kwargs)
+            self.extra = extra
+
+    cfg = tiny_cfg(*STOCK, *NO_AFP)
+    shapes = {f"p{i}": ShapeSpec(channels=32, stride=2**i) for i in range(2, 7)}
+    heads = Heads(cfg, shapes, extra=5, batch_size_per_image=3)
+    assert heads.extra == 5 and heads.batch_size_per_image == 3
+    assert DatasetMapperTTA(cfg, flip=False).flip is False
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    levels = [f"p{i}" for i in range(3, 8)]
+    cfg.MODEL.RETINANET.IN_FEATURES = levels
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    assert RetinaNet(cfg, test_topk_candidates=7).test_topk_candidates == 7

@@ -284,3 +284,12 @@ def test_channels_last_reaches_every_conv():
     hook.remove()
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert not seen[0].is_contiguous()
+
+
+def test_the_top_block_runs_once():
+    """A norm in it has the statistics of N5's features alone."""
+    model = build_backbone(tiny_cfg())
+    seen = []
+    model.top_block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    outputs = model(torch.rand(1, 3, 64, 64))
+    assert len(seen) == 1 and torch.equal(seen[0], outputs["p5"])

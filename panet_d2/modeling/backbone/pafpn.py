@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import FunctionType
 from typing import Dict, List, Optional
 
 import fvcore.nn.weight_init as weight_init
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
@@ -33,9 +33,6 @@ class PAFPN(TrainingNotice, FPN):
     The outputs keep FPN's names p2, p3, …, so that every ``IN_FEATURES`` of a Detectron2 config
     works. FPN's parameters keep their names, so that checkpoints of FPN load.
     """
-
-    # FPN.forward under another name, because TorchScript cannot compile super().forward.
-    top_down = FunctionType(FPN.forward.__code__, FPN.forward.__globals__, "top_down")
 
     @configurable
     def __init__(
@@ -178,7 +175,8 @@ class PAFPN(TrainingNotice, FPN):
         """
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        pyramid: Dict[str, torch.Tensor] = self.top_down(x)
+        features = self.bottom_up(x)
+        pyramid = self._top_down(features)
         feature = pyramid[self.levels[0]]
         for i, (downsample, fusion) in enumerate(zip(self.downsample_convs, self.fusion_convs)):
             level = self.levels[i + 1]
@@ -186,14 +184,27 @@ class PAFPN(TrainingNotice, FPN):
             pyramid[level] = fusion(feature)
             if self.bottom_up_input == "output":
                 feature = pyramid[level]
-        # FPN ran the top block on P5, but the paper's N6 comes from N5. If the block reads the
-        # pyramid, run the block again. This is cheap at N5's resolution. RetinaNet's P6 from res5
-        # stays.
         if self.top_block is not None:
-            if self.top_block.in_feature in pyramid:
-                for i, extra in enumerate(self.top_block(pyramid[self.top_block.in_feature])):
-                    pyramid[self.extra_levels[i]] = extra
+            name = self.top_block.in_feature
+            # The paper's N6 comes from N5, RetinaNet's P6 from res5.
+            source = pyramid[name] if name in pyramid else features[name]
+            for i, extra in enumerate(self.top_block(source)):
+                pyramid[self.extra_levels[i]] = extra
         return pyramid
+
+    def _top_down(self, features: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """FPN's P2…P5. FPN's own forward also runs the top block, on P5."""
+        upper = self.lateral_convs[0](features[self.in_features[-1]])
+        outputs = [self.output_convs[0](upper)]
+        for i, (lateral, output) in enumerate(zip(self.lateral_convs, self.output_convs)):
+            if i > 0:
+                upper = lateral(features[self.in_features[-i - 1]]) + F.interpolate(
+                    upper, scale_factor=2.0, mode="nearest"
+                )
+                if self._fuse_type == "avg":
+                    upper = upper / 2
+                outputs.insert(0, output(upper))
+        return {level: outputs[i] for i, level in enumerate(self.levels)}
 
     def __prepare_scriptable__(self) -> PAFPN:
         """Return a copy for TorchScript, with lists of modules, as Detectron2's FPN does."""

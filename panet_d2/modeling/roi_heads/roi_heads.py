@@ -21,6 +21,7 @@ from ..check_model import (
     warn_once,
 )
 from ..poolers import AdaptiveROIPooler
+from .other_layers import drop_other_layers
 from .suppression import SuppressionMixin
 
 
@@ -62,6 +63,13 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         ret = super().init_head(parent, head_cfg, head_input_shape, branch)
         ret[f"{branch}_pooler"] = pooler
         return ret
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        # Here, because Detectron2's own trainers load by name, too.
+        drop_other_layers(state_dict, {prefix + n: value for n, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> ROIHeads:
         """Return a copy for TorchScript; raise ExportError if the heads cannot be scripted."""
@@ -109,7 +117,8 @@ class PANetRROIHeads(AdaptivePoolingMixin, RROIHeads):
 _stock_from_config = ROIHeads.from_config.__func__
 
 
-def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
+# With *args, Detectron2 would pass arguments that override the config to this function only.
+def _from_config(cls: type, cfg: CfgNode) -> dict:
     check_model(cfg)
     name, asked, suppression = (
         cfg.MODEL.ROI_HEADS.NAME,
@@ -133,7 +142,7 @@ def _from_config(cls: type, cfg: CfgNode, *args: Any) -> dict:
             "has no adaptive feature pooling and ignores the key; set PANetROIHeads or "
             "PANetCascadeROIHeads, or add AdaptivePoolingMixin to your own heads."
         )
-    return _stock_from_config(cls, cfg, *args)
+    return _stock_from_config(cls, cfg)
 
 
 # All ROI heads run this method of the base class. With stock heads, backbone and trainer, no other
