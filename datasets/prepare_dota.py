@@ -96,7 +96,7 @@ def _index(folder: str) -> Dict[str, Tuple[str, str]]:
     images = files_by_image(folder, ".png")
     labels = files_by_image(folder, ".txt", "labelTxt")
     if not images:
-        raise DataError(f"{folder} has no images/<image>.png in it.")
+        raise DataError(f"{folder} has no images/<image>.png whose name has no '_', as DOTA's.")
     for name in sorted(images.keys() ^ labels.keys()):
         missing = "labelTxt/<image>.txt" if name in images else "<image>.png"
         raise DataError(f"{folder}: image {name} has no {missing.replace('<image>', name)}.")
@@ -104,8 +104,11 @@ def _index(folder: str) -> Dict[str, Tuple[str, str]]:
 
 
 def _read_labels(path: str) -> Iterator[_Object]:
-    with open(path, encoding="utf-8-sig") as f:
-        lines = f.read().splitlines()
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = f.read().splitlines()
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not text in UTF-8: {e}") from e
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or line.startswith(_HEADER):

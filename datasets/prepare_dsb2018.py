@@ -20,13 +20,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from panet_d2 import cli
+from panet_d2.data.image_file import is_deep
 from panet_d2.data.tiles import mask_fields, source_arguments, written_whole
 from panet_d2.errors import DataError
 
 # One image in nine is for validation, chosen by the image's name alone.
 _VALIDATION_SHARE = 9
 # What Pillow raises for broken images, and zipfile for damaged ones.
-_UNREADABLE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,  # another compression
+    RuntimeError,  # an encrypted file
+)
 
 
 def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:
@@ -112,7 +121,12 @@ def _index(source: str):
 def _add(content: dict, index: int, name: str, files: List[str], read, folder: str) -> None:
     picture, *masks = files
     try:
-        image = read(picture).convert("RGB")  # the pictures have an opaque alpha channel
+        image = read(picture)
+        if is_deep(image.mode):
+            raise DataError(
+                f"{picture} has more than 8 bits per channel; scale it to 8 bits first."
+            )
+        image = image.convert("RGB")  # the pictures have an opaque alpha channel
     except _UNREADABLE as e:
         raise DataError(f"cannot read {picture}: {e}") from e
     image.save(os.path.join(folder, f"{name}.png"))
@@ -122,12 +136,17 @@ def _add(content: dict, index: int, name: str, files: List[str], read, folder: s
     )
     for file in masks:
         try:
-            mask = np.array(read(file).convert("L")) > 127
+            values = np.array(read(file).convert("L"))
         except _UNREADABLE as e:
             raise DataError(f"cannot read {file}: {e}") from e
+        mask = values > 127
         if mask.shape != (height, width):
             raise DataError(f"{file} is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}.")
         if not mask.any():
+            if values.any():
+                raise DataError(
+                    f"{file} has no value above 127; a nucleus must have the value 255."
+                )
             continue
         number = len(content["annotations"]) + 1
         annotation = {"id": number, "image_id": index, "category_id": 1, "iscrowd": 0}

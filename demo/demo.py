@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -257,7 +258,12 @@ def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
     for file in files:
         if os.path.isdir(file) or os.path.realpath(file) in kept:
             raise DataError(f"{file} is a folder or an input, and will not be overwritten")
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        folder = os.path.dirname(file) or "."
+        os.makedirs(folder, exist_ok=True)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            raise DataError(f"no file can be written in {folder}: {e}") from e
 
 
 def check_display() -> None:
@@ -320,7 +326,11 @@ def predict(args: argparse.Namespace) -> int:
                 continue
             if args.output and args.input:
                 picture = Image.fromarray(model.draw(image, outputs)[:, :, ::-1])
-                picture.save(files[name], quality=95)
+                try:
+                    picture.save(files[name], quality=95)
+                except (OSError, ValueError) as e:  # a size that the format cannot have
+                    say(f"cannot write {files[name]}: {e}")
+                    failed.append(name)
             elif args.output:
                 picture = model.draw(image, outputs)
                 writer = writer or open_writer(files[name], fps, picture)

@@ -79,7 +79,9 @@ def _is_caused_by_config(tb: Optional[TracebackType]) -> bool:
 def _explain(
     what: str, error: Exception, function: Callable[..., Any], cfg: CfgNode, args: Any
 ) -> str:
-    text = " ".join(str(error.args[0] if error.args else "").split())
+    # str(KeyError) is in quotes; the first argument of an OSError is a number.
+    first = error.args[0] if error.args and not isinstance(error, OSError) else error
+    text = " ".join(str(first).split())
     if not text:  # a bare assertion
         text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
     text = text.split(" Exception raised from ")[0][:_MOST_LETTERS]  # torch adds its C++ stack

@@ -1,4 +1,6 @@
 import pytest
+from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import BACKBONE_REGISTRY, build_model, build_resnet_backbone
 from torch import nn
 
@@ -74,3 +76,13 @@ def test_result_is_that_of_the_function():
     cfg = tiny_cfg()
     layer = build("a layer", lambda cfg, size: nn.Linear(cfg.SOLVER.MAX_ITER, size), cfg, 3)
     assert layer.weight.shape == (3, cfg.SOLVER.MAX_ITER)
+
+
+def test_error_of_a_file_is_not_its_number():
+    register_coco_instances("file_that_is_not_there", {}, "/none/such.json", "/none")
+    cfg = tiny_cfg("DATASETS.TRAIN", ["file_that_is_not_there"])
+    try:
+        with pytest.raises(ConfigError, match="loader cannot .*No such file.*'/none/such.json'"):
+            build("the loader", build_detection_train_loader, cfg)
+    finally:
+        DatasetCatalog.remove("file_that_is_not_there")

@@ -201,6 +201,10 @@ def test_continues_in_mixed_precision():
         ([], "holds another run.*--resume"),
         (["--eval-only", "train.output_dir={new}"], "train.init_checkpoint is empty"),
         (
+            ["train.output_dir={new}", "dataloader.test.dataset.names=coco_2017_val"],
+            "'coco_2017_val': .*instances_val2017.json does not exist",
+        ),
+        (
             ["--eval-only", "--resume", "model.roi_heads.mask_head.fc_fusion=False"],
             "not in the model: roi_heads.mask_head.fc_fusion",
         ),

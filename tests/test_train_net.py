@@ -143,6 +143,14 @@ def test_resumes_where_it_stopped(folder):
         (["OUTPUT_DIR", "{run}/metrics.json/new"], "OUTPUT_DIR is .*metrics.json/new"),
         (["INPUT.FORMAT", "L", "OUTPUT_DIR", "{new}"], "INPUT.FORMAT is 'L', which has 1 channel"),
         (["--eval-only", "OUTPUT_DIR", "{new}"], "MODEL.WEIGHTS is empty"),
+        (["--eval-only", "DATASETS.TEST", "()", "OUTPUT_DIR", "{new}"], "DATASETS.TEST is empty"),
+        (
+            [
+                *("DATASETS.TRAIN", "('coco_2017_train',)", "OUTPUT_DIR", "{new}"),
+                *("DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "80"),
+            ],
+            "'coco_2017_train': .*instances_train2017.json does not exist",
+        ),
         (
             ["--eval-only", "MODEL.WEIGHTS", "{run}/metrics.json", "OUTPUT_DIR", "{new}"],
             "metrics.json is not a checkpoint",

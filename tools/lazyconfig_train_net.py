@@ -12,6 +12,7 @@ from typing import List, Optional
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.engine import (
     SimpleTrainer,
     create_ddp_model,
@@ -23,11 +24,12 @@ from detectron2.engine import (
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils.logger import setup_logger
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from panet_d2 import cli
 from panet_d2.checkpoint import RunCheckpointer, StrictCheckpointer
+from panet_d2.data import check_dataset_files
 from panet_d2.engine import latest_checkpoint, launch, load_strict
 from panet_d2.engine.resume import ResumableAMPTrainer
 from panet_d2.errors import CheckpointError, ConfigError, PanetError
@@ -50,6 +52,11 @@ def setup(args: argparse.Namespace) -> DictConfig:
             f"train.output_dir {cfg.train.output_dir} holds another run; continue it with "
             "--resume, or name another folder."
         )
+    for split in ("test",) if args.eval_only else ("train", "test"):
+        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+        for name in [names] if isinstance(names, str) else names or ():
+            if name in DatasetCatalog:
+                check_dataset_files(name)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="panet_d2")
     # Detectron2's common config always names "cuda".

@@ -4,7 +4,7 @@ from .check_annotations import check_annotations
 from .dataset_mapper import NamedImageMapper
 from .datasets import register_shapes
 from .problem import Problem
-from .register import register_coco_file, setup_datasets
+from .register import check_dataset_files, register_coco_file, setup_datasets
 
 __all__ = [
     "NamedImageMapper",
@@ -12,6 +12,7 @@ __all__ = [
     "build_training_sample_loader",
     "check_annotations",
     "check_coco",
+    "check_dataset_files",
     "check_images",
     "check_training_images",
     "first_test_set",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -302,7 +303,10 @@ def raise_errors(problems: Sequence[Problem], json_file: str, image_root: str = 
     """
     errors = [p for p in problems if p.severity == "error"]
     if errors:
-        command = f"python tools/check_dataset.py --annotations {json_file} --images {image_root}"
+        files = f"--annotations {shlex.quote(json_file)} --images {shlex.quote(image_root)}"
+        command = f"python tools/check_dataset.py {files}"
+        if any("keypoints" in p.what for p in errors):  # whose number the config has
+            command = "python tools/check_dataset.py --config-file with the config of this run"
         see_all = f"; to see all, run {command}" if image_root else "."
         raise DataError(f"{json_file} cannot be used: {_first(errors)}{see_all}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
 
@@ -21,13 +20,16 @@ from .check_masks import (
 from .problem import LARGEST_COORDINATE, Problem, is_coordinate, is_number, shown, warning
 
 # Raise this number when check_annotations finds other problems in the same file.
-VERSION = 3
+VERSION = 4
 
 # More objects in one image are likely to exceed a limit of some tool.
 _MANY = 1000
 # bool and subclasses take the exact check.
 _IDS = {int, str}
 BOX_DIFFERS = "box differs from its mask"
+BOX_EMPTY, BOX_OUTSIDE = "box of no area", "box is outside the image"
+# COCO's evaluation ignores objects whose area is not between 0 and this one.
+_LARGEST_AREA = 1e10
 
 
 def has_oriented_boxes(content: dict) -> bool:
@@ -66,6 +68,7 @@ def check_annotations(
     for category in categories:
         if isinstance(category, dict) and not isinstance(category.get("name"), str):
             problems.append(_not_text(record_name("category", category), category, "name"))
+    problems += _keypoint_name_problems(categories, keypoints)
     image_ids, found = _ids("image", images)
     sizes: Dict[Any, Any] = dict.fromkeys(image_ids)
     problems += found + _image_problems(images, annotations, sizes)
@@ -78,6 +81,7 @@ def check_annotations(
         problems.append(Problem("annotations", "have no masks", "MODEL.MASK_ON must be False"))
     masks = has_masks and masks is not False
     boxes, found = BoxStatistics(), []
+    fractions: Counter = Counter()  # whether the visible keypoints of an object are fractions
     oriented = has_oriented_boxes(content)
     for annotation in annotations:
         if not isinstance(annotation, dict):
@@ -87,16 +91,28 @@ def check_annotations(
             found += _annotation_problems(
                 annotation, sizes, category_ids, masks, evaluated, boxes, oriented
             )
-        elif annotation.get("segmentation"):
-            boxes.with_mask += 1
         else:
-            boxes.without_mask.append((annotation["bbox"], sizes[annotation["image_id"]]))
-        if keypoints:
-            found += _keypoint_problems(annotation, keypoints, evaluated)
+            box, size = annotation["bbox"], sizes[annotation["image_id"]]
+            boxes.see(box, size)
+            if annotation.get("segmentation"):
+                boxes.with_mask += 1
+            else:
+                boxes.without_mask.append((box, size))
+        points = annotation.get("keypoints")
+        if points and not _are_numbers(points):
+            # Detectron2 reads them even for models without keypoints.
+            where = record_name("annotation", annotation)
+            found.append(Problem(where, "keypoints are not a list of numbers"))
+        elif keypoints:
+            size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+            found += _keypoint_problems(annotation, keypoints, evaluated, size, fractions)
     fault = boxes.fault()
     if fault:
         problems.append(Problem("annotations", fault))
-        found = [p for p in found if p.what != BOX_DIFFERS]
+        found = [p for p in found if p.what not in (BOX_DIFFERS, BOX_EMPTY, BOX_OUTSIDE)]
+    if 2 * fractions[True] > sum(fractions.values()):
+        what = "keypoints look like fractions of the image's size; COCO's are in pixels"
+        problems.append(Problem("annotations", what))
     return problems + found
 
 
@@ -222,12 +238,13 @@ def _is_fine(
         return False
     if evaluated:
         area: Any = get("area")
-        # NaN is not below infinity.
-        if "iscrowd" not in annotation or type(area) not in NUMBERS or not abs(area) < math.inf:
+        if "iscrowd" not in annotation or type(area) not in NUMBERS:
             return False
     size = sizes.get(image)
     # In larger images, coordinates inside the image can exceed the limit.
     if size is None or 2 * max(size) > LARGEST_COORDINATE:
+        return False
+    if evaluated and not 0 < area <= size[0] * size[1]:  # False for NaN
         return False
     box: Any = get("bbox")
     segmentation = get("segmentation")
@@ -273,6 +290,9 @@ def _annotation_problems(
     where = record_name("annotation", annotation)
     if evaluated and not is_number(annotation.get("area")):
         yield _not_evaluated(where, annotation, "area")
+    elif evaluated and not 0 <= annotation["area"] <= _LARGEST_AREA:
+        detail = f"{shown(annotation['area'])}; COCO's evaluation ignores this object"
+        yield Problem(where, "area is not that of an object", detail)
     if evaluated and "iscrowd" not in annotation:
         yield _not_evaluated(where, annotation, "iscrowd")
     if shown(annotation.get("id")) == "0":
@@ -305,7 +325,10 @@ def _annotation_problems(
         yield Problem(where, "box of negative size", str(box))
     elif min(box[2:4]) == 0:
         visible = False
-        yield warning(where, "box of no area", f"{box}; left out")
+        boxes.without_area += 1
+        if size:
+            boxes.see(box, size)
+        yield warning(where, BOX_EMPTY, f"{box}; left out")
     elif oriented:
         if size and not (0 <= box[0] <= size[1] and 0 <= box[1] <= size[0]):
             yield warning(where, "center of the box is outside the image", f"{box}; used as it is")
@@ -313,12 +336,21 @@ def _annotation_problems(
             yield Problem(where, "crowd with an oriented box", "it cannot be evaluated")
     elif size:
         has_area = True
+        boxes.see(box, size)
         low, high = np.array(box[:2]), np.add(box[:2], box[2:])
         place = outside(low, high, size)
         visible = place != "outside"
         if place:
+            boxes.without_area += not visible
             effect = "clipped" if visible else "left out"
             yield warning(where, f"box is {place} the image", f"{box}; {effect}")
+    if evaluated and size and is_number(annotation.get("area")) and not annotation.get("iscrowd"):
+        area = annotation["area"]
+        if visible and area == 0:
+            yield warning(where, "area is 0", "COCO's evaluation takes the object for a small one")
+        elif size[0] * size[1] < area <= _LARGEST_AREA:
+            detail = f"{shown(area)}; the image has {size[0] * size[1]} pixels"
+            yield warning(where, "area is larger than the image", detail)
     segmentation = annotation.get("segmentation")
     if not segmentation:
         if has_area and size:
@@ -356,15 +388,51 @@ def _why_unknown(annotation: dict, key: str, kind: str, known: Collection) -> st
     return shown(value)
 
 
-def _keypoint_problems(annotation: dict, number: int, evaluated: bool) -> Iterator[Problem]:
+def _are_numbers(points: Any) -> bool:
+    """Whether keypoints are a flat list of numbers."""
+    if type(points) is list and set(map(type, points)) <= NUMBERS:  # of most; the rest is slow
+        return all(abs(p) < LARGEST_COORDINATE for p in points)
+    return isinstance(points, list) and all(map(is_coordinate, points))
+
+
+def _keypoint_name_problems(categories: list, keypoints: int) -> Iterator[Problem]:
+    """Find the problems of the lists that name the keypoints of a category."""
+    first: Any = None
+    for category in categories:
+        names = category.get("keypoints") if isinstance(category, dict) else None
+        if not names:
+            continue
+        where = record_name("category", category)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            yield Problem(where, "keypoints are not a list of names", shown(names))
+        elif keypoints and names != (first := first or names):
+            yield Problem(where, "has other keypoints than the category before", shown(names))
+
+
+def _keypoint_problems(
+    annotation: dict,
+    number: int,
+    evaluated: bool,
+    size: Optional[Tuple[int, int]],
+    fractions: Counter,
+) -> Iterator[Problem]:
+    """Find the problems of keypoints that are numbers. Count objects with fractions as such."""
     where, points = record_name("annotation", annotation), annotation.get("keypoints")
     if evaluated and not is_number(annotation.get("num_keypoints")):
         yield _not_evaluated(where, annotation, "num_keypoints")
     if not points:
         if evaluated or not annotation.get("iscrowd", 0):  # training leaves crowds out
             yield Problem(where, "has no keypoints", "others have some")
-    elif not isinstance(points, list) or not all(map(is_coordinate, points)):
-        yield Problem(where, "keypoints are not a list of numbers")
     elif len(points) != 3 * number:
         wanted = f"{len(points)} numbers; x, y and visibility of {number} are {3 * number}"
         yield Problem(where, "not as many keypoints as others", wanted)
+    else:
+        visible = [(x, y) for x, y, v in zip(points[::3], points[1::3], points[2::3]) if v > 0]
+        if visible and evaluated and annotation.get("num_keypoints") == 0:
+            detail = "COCO's evaluation ignores this object"
+            yield Problem(where, "num_keypoints is 0, but keypoints are visible", detail)
+        if visible and size:
+            low, high = np.min(visible, axis=0), np.max(visible, axis=0)
+            fractions[bool(high.max() <= 1 and min(size) > 2)] += 1
+            if outside(low, high, size):
+                yield warning(where, "keypoints are outside the image", str(visible))

@@ -14,6 +14,8 @@ _ROUNDING = 2.0
 # Boxes with a lower IoU with their masks are reported. Correct boxes have a low IoU if they have a
 # wide margin, or if the object is partly hidden and the mask has only the visible part.
 _LOOSE = 0.5
+# If most masks are not within their boxes and have a lower IoU with them, the masks are wrong.
+_WRONG = 0.3
 
 _COCO = "x, y, width, height"
 _CONVENTIONS: Dict[str, Callable[[float, float, float, float], Corners]] = {
@@ -46,15 +48,22 @@ class BoxStatistics:
 
     Attributes:
         with_mask (int): number of boxes that were compared with their object's mask.
+        without_area (int): number of boxes of no area or outside their image.
         without_mask (list[tuple]): boxes of objects without a mask, as in the file, each with the
             size of the image.
     """
 
     def __init__(self) -> None:
-        self.with_mask = 0
+        self.with_mask = self.without_area = 0
         self.without_mask: List[Tuple[Sequence[float], Size]] = []
-        self._misfits = self._disjoint = 0
+        self._misfits = self._disjoint = self._wrong = 0
+        self._seen = self._fractions = 0
         self._conventions: Counter = Counter()  # of the misfits
+
+    def see(self, box: Sequence[float], size: Size) -> None:
+        """Count a box, with or without a mask."""
+        self._seen += 1
+        self._fractions += max(box) <= 1 and min(size) > 2
 
     def compare(self, box: Sequence[float], mask: Corners, size: Size) -> str:
         """
@@ -78,6 +87,7 @@ class BoxStatistics:
             return ""
         self._misfits += 1
         self._disjoint += overlap == 0
+        self._wrong += overlap < _WRONG and not _is_within(mask, as_coco)
         detail = f"IoU {overlap:.2f}"
         for name, corners in _other_readings(box, size):
             corners = _clip(corners, size)
@@ -88,6 +98,10 @@ class BoxStatistics:
 
     def fault(self) -> str:
         """Return what is wrong with the boxes of the file, if most are wrong, or ""."""
+        if 2 * self.without_area > self._seen:
+            return (
+                "most boxes have no area or are outside their image; compute boxes from the masks"
+            )
         count = self.with_mask
         if not count:
             name = _convention_without_masks(self.without_mask)
@@ -97,13 +111,17 @@ class BoxStatistics:
                 name = ""
             if not name and 2 * self._disjoint > count:
                 return "boxes lie beside their masks; both must be in pixels of the image"
+            if not name and 2 * self._wrong > count:
+                return (
+                    "boxes are not those of the masks; an RLE counts down the columns (order='F')"
+                )
+        if not name and 2 * self._fractions > self._seen:
+            name = _FRACTIONS
         return f"boxes look like {name}; COCO's are {_COCO}, in pixels" if name else ""
 
 
 def _convention_without_masks(boxes: Sequence[Tuple[Sequence[float], Size]]) -> str:
     """Return the convention of boxes that cannot be in COCO's, or "" if they can be."""
-    if 2 * sum(max(box) <= 1 and min(size) > 2 for box, size in boxes) > len(boxes):
-        return _FRACTIONS
     # Some boxes of cut-off objects reach beyond the image. If many do, and another convention has
     # nearly all boxes inside, the boxes are in that convention.
     read = _CONVENTIONS[_COCO]
@@ -128,6 +146,11 @@ def _other_readings(box: Sequence[float], size: Size) -> Iterator[Tuple[str, Cor
             x0, y0, x1, y1 = read(*box)
             corners = x0 * width, y0 * height, x1 * width, y1 * height
             yield f"{name}, in {_FRACTIONS}", corners
+
+
+def _is_within(inner: Corners, outer: Corners) -> bool:
+    low, high = zip(inner[:2], outer[:2]), zip(inner[2:], outer[2:])
+    return all(i >= o - _ROUNDING for i, o in low) and all(i <= o + _ROUNDING for i, o in high)
 
 
 def _is_inside(box: Corners, size: Size) -> bool:

@@ -30,6 +30,8 @@ from .check import (
 )
 from .check_annotations import (
     BOX_DIFFERS,
+    BOX_EMPTY,
+    BOX_OUTSIDE,
     check_annotations,
     has_oriented_boxes,
     summary_problems,
@@ -118,6 +120,40 @@ def find_coco_files(name: str, json_file: str, image_root: str) -> Tuple[str, st
     return json_file, image_root
 
 
+# Paths that Detectron2's own datasets have in their metadata.
+_PATHS = (
+    "json_file",
+    "panoptic_json",
+    "image_root",
+    "panoptic_root",
+    "sem_seg_root",
+    "image_dir",
+    "gt_dir",
+    "dirname",
+)
+
+
+def check_dataset_files(name: str) -> None:
+    """
+    Check that the files and folders of a dataset exist.
+
+    Args:
+        name (str): a registered dataset. Only datasets that Detectron2 reads are checked.
+
+    Raises:
+        DataError: if a path does not exist.
+    """
+    if not DatasetCatalog[name].__module__.startswith("detectron2."):
+        return  # a user's own, which may have other paths in its metadata
+    for key in _PATHS:
+        path = MetadataCatalog.get(name).get(key)
+        if isinstance(path, str) and "://" not in path and not PathManager.exists(path):
+            raise DataError(
+                f"dataset {name!r}: {path} does not exist; set DETECTRON2_DATASETS to the folder "
+                f"of the datasets, which is {datasets_folder()!r} now."
+            )
+
+
 def coco_entries(cfg: CfgNode) -> List[Tuple[str, str, str]]:
     """Return ``DATASETS.REGISTER_COCO``; raise a ConfigError if it is not a list of triples."""
     entries, wanted = cfg.DATASETS.REGISTER_COCO, "(name, annotation file, image folder)"
@@ -145,6 +181,8 @@ def _keypoint_metadata(categories: List[dict]) -> dict:
     """Return names and flips of the keypoints, from the first category that has keypoints."""
     for category in categories:
         names = category.get("keypoints")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            continue  # check_annotations names it
         if not names:
             continue
         known = {name.lower(): name for name in names}
@@ -213,10 +251,13 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             _check_dataset(cfg, name, files[name], check, split == "TRAIN", evaluated)
             if keep:
                 keep_images(name, files[name].content["images"])
-        elif split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+            continue
+        if split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
             _check_shapely(cfg, repr(name))
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     resolve_categories(cfg)
+    for name in used.keys() - files.keys():
+        check_dataset_files(name)
 
 
 def _check_dataset(
@@ -268,7 +309,8 @@ def _check_once(
     # Not checked here: whether there are objects to train on, which known files need too.
     problems = check_annotations(file.content, masks, evaluated, keypoints, False)
     raise_errors(problems, metadata.json_file, metadata.image_root)
-    log_warnings([p for p in problems if p.what == BOX_DIFFERS], metadata.json_file)
+    logged = (BOX_DIFFERS, BOX_EMPTY, BOX_OUTSIDE)
+    log_warnings([p for p in problems if p.what in logged], metadata.json_file)
     if checked and number >= _WORTH_REMEMBERING:
         remember_clean(checked)
 

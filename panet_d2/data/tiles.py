@@ -101,7 +101,7 @@ def open_rgb(path: str) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
     # What Pillow raises for broken images.
-    except (OSError, SyntaxError) as e:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
 
 

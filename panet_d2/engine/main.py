@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..build import build
 from ..cli import run
+from ..data import first_test_set
 from ..errors import CheckpointError, ConfigError, PanetError
 from ..evaluation import check_evaluators
 from .config_file import find_config_file
@@ -52,6 +53,8 @@ def _setup(args: argparse.Namespace) -> CfgNode:
     needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     cfg = setup_config(args.config_file, args.opts, needed)
     cfg.freeze()
+    if args.eval_only:
+        first_test_set(cfg)
     _check_output_folder(cfg.OUTPUT_DIR)
     Trainer.check_test_aug(cfg)
     check_evaluators(cfg)

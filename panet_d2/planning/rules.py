@@ -34,6 +34,7 @@ SMALL = 0.1  # quantile: nine of ten objects are at least as large
 _MOST_ENLARGED = 4  # beyond this, enlarging adds pixels but no information
 _LARGER_AT_TEST = 2  # inference keeps no activations for gradients
 _WORTH_CROPPING = 4 / 3  # test size over training size
+_AUGMENTED = (0.75, 1, 1.5)  # test sizes of test-time augmentation over the test size
 _GRID = 32  # FPN pads images to multiples of this
 # Smaller anchors would be too far from objects that lie between two positions.
 _STRIDES_PER_ANCHOR = 3
@@ -107,6 +108,10 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
         effect += f", with the base's {before:.0f} below {small * before:.0f} px"
     choices[keys[0]] = Choice(test, effect + reason)
     times = f"{ratio:.2f} times the shorter edge"
+    choices["TEST.AUG.MIN_SIZES"] = Choice(
+        [round(scale * test) for scale in _AUGMENTED],
+        "for test-time augmentation, if it is enabled",
+    )
     choices["INPUT.MAX_SIZE_TEST"] = Choice(round(test * ratio), times)
     sizes = [s / (node.MIN_SIZE_TEST or s) * train for s in node.MIN_SIZE_TRAIN if s] or [train]
     sizes = [max(round(s / _GRID) * _GRID, _GRID) for s in sizes]

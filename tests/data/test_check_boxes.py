@@ -156,5 +156,59 @@ def test_tiny_images_and_objects():
     content = dataset("none", count=4)
     for image, annotation in zip(content["images"], content["annotations"]):
         image.update(height=1, width=1)
-        annotation.update(image_id=image["id"], bbox=[0, 0, 1, 1])
+        annotation.update(image_id=image["id"], bbox=[0, 0, 1, 1], area=1)
     assert check_annotations(content) == []
+
+
+@pytest.mark.parametrize("kind", ["polygons", "none"])
+@pytest.mark.parametrize("box", [[0, 0, 0, 0], [WIDTH + 5, 0, 9, 9]])
+def test_boxes_that_are_all_lost(kind, box):
+    """Training would leave out each object, without an error."""
+    content = with_boxes(dataset(kind), lambda *_: box)
+    problems = check_annotations(content)
+    assert [p.what for p in problems if p.severity == "error"] == [
+        "most boxes have no area or are outside their image; compute boxes from the masks"
+    ]
+    content = with_boxes(dataset(kind), lambda *_: box, every=3)
+    assert {p.severity for p in check_annotations(content)} == {"warning"}
+
+
+def test_boxes_and_masks_in_fractions():
+    content = with_boxes(dataset("polygons"), lambda x, y, w, h: (0.2, 0.2, 0.1, 0.3))
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[0.2, 0.2, 0.3, 0.2, 0.3, 0.5, 0.2, 0.5]]
+    assert any("look like fractions" in p.what for p in check_annotations(content))
+
+
+def _c_order(mask):
+    return mask.reshape(WIDTH, HEIGHT).T
+
+
+@pytest.mark.parametrize("change", [_c_order, lambda mask: 1 - mask, np.ones_like])
+def test_masks_of_other_pixels(change):
+    """Runs along the rows; the background; all of the image."""
+    content = dataset("rle")
+    for annotation in content["annotations"]:
+        mask = np.asfortranarray(change(mask_util.decode(annotation["segmentation"])))
+        counts = mask_util.encode(mask)["counts"].decode()
+        annotation["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+    errors = [p.what for p in check_annotations(content) if p.severity == "error"]
+    assert len(errors) == 1 and errors[0].startswith("boxes "), errors
+
+
+@pytest.mark.parametrize(
+    "area, severity, what",
+    [
+        (-576, "error", "area is not that of an object"),
+        (1e11, "error", "area is not that of an object"),
+        (0, "warning", "area is 0"),
+        (HEIGHT * WIDTH + 1, "warning", "area is larger than the image"),
+    ],
+)
+def test_areas_that_the_evaluation_takes_for_others(area, severity, what):
+    content = dataset("rle")
+    content["annotations"][3]["area"] = area
+    found = check_annotations(content)
+    assert [(p.severity, p.what) for p in found] == [(severity, what)]
+    assert "annotation 4" in found[0].where
+    assert check_annotations(content, evaluated=False) == []

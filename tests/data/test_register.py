@@ -6,8 +6,9 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
-from panet_d2.data import check, check_training_images, register, setup_datasets
+from panet_d2.data import check, check_coco, check_training_images, register, setup_datasets
 from panet_d2.errors import ConfigError, DataError
 
 from ..common import tiny_cfg, write_coco
@@ -208,6 +209,18 @@ def test_keypoints_that_mirror_each_other(data, caplog, names, pairs):
             "annotation 3 .*keypoints are not a list of numbers",
         ),
         (
+            lambda c: c["annotations"][2].update(num_keypoints=0),
+            "annotation 3 .*num_keypoints is 0, but keypoints are visible",
+        ),
+        (
+            lambda c: [a.update(keypoints=[0.5, 0.25, 2] * 3) for a in c["annotations"]],
+            "keypoints look like fractions",
+        ),
+        (
+            lambda c: c["categories"][1].update(keypoints=NAMES[::-1]),
+            "category 2 .*has other keypoints than the category before",
+        ),
+        (
             lambda c: [category.pop("keypoints") for category in c["categories"]],
             "none of its categories names them",
         ),
@@ -219,9 +232,59 @@ def test_keypoints_that_mirror_each_other(data, caplog, names, pairs):
 )
 def test_bad_keypoints(data, edit, message):
     data(with_keypoints(NAMES, edit))
-    setup_datasets(config())  # where they are not used
+    if "not a list" not in message:
+        setup_datasets(config())  # where they are not used
     with pytest.raises(DataError, match=message):
         setup_datasets(config(*KEYPOINTS, "DATASETS.TEST", ["squares_train"]))
+
+
+@pytest.mark.parametrize("points", [[None, None, 0], [[1, 2, 2]], "1 2 2", {"x": 1}, [1, True]])
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_keypoints_of_a_model_without(data, points, split):
+    """Detectron2 reads them for any model."""
+    data(lambda c: c["annotations"][2].update(keypoints=points))
+    cfg = config("DATASETS.TRAIN", [], f"DATASETS.{split}", ["squares_train"])
+    with pytest.raises(DataError, match="annotation 3 .*keypoints are not a list of numbers"):
+        setup_datasets(cfg)
+
+
+@pytest.mark.parametrize("names", [[1, 2, 3], 17, {"nose": 1}, [{"name": "nose"}]])
+def test_names_of_keypoints_that_are_none(data, names):
+    data(lambda c: c["categories"][0].update(keypoints=names))
+    with pytest.raises(DataError, match="category 1 .*keypoints are not a list of names"):
+        setup_datasets(config())
+
+
+def test_keypoints_beside_the_image(data, caplog):
+    data(with_keypoints(NAMES, lambda c: c["annotations"][2].update(keypoints=[500, 5, 2] * 3)))
+    cfg = config(*KEYPOINTS)
+    setup_datasets(cfg)
+    metadata = MetadataCatalog.get("squares_train")
+    found = check_coco(metadata.json_file, metadata.image_root, keypoints=3)
+    assert ["annotation 3 (image 2): keypoints are outside the image"] == [
+        f"{p.where}: {p.what}" for p in found
+    ]
+
+
+def test_objects_that_are_left_out_are_logged(data, caplog):
+    data(lambda c: c["annotations"][2].update(bbox=[5, 5, 0, 9]))
+    with caplog.at_level(logging.WARNING, "panet_d2"):
+        logging.getLogger("panet_d2").propagate = True
+        setup_datasets(config())
+    assert "annotation 3 (image 2): box of no area" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_files_of_detectron2s_datasets(split, monkeypatch):
+    """Those to evaluate on are needed only after the training, but looked for before it."""
+    cfg = tiny_cfg(f"DATASETS.{split}", ["coco_2017_val"], "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+    with pytest.raises(DataError, match="'coco_2017_val': .*val2017.json does not exist.*DATASETS"):
+        setup_datasets(cfg)
+    setup_datasets(cfg, needed=())
+    paths = []
+    monkeypatch.setattr(PathManager, "exists", lambda path: paths.append(path) or True)
+    setup_datasets(cfg)
+    assert [os.path.basename(p) for p in paths] == ["instances_val2017.json", "val2017"]
 
 
 def test_number_of_keypoints_must_agree(data):

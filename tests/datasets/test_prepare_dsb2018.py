@@ -110,6 +110,14 @@ def _broken_mask(folder, image):
     (folder / image / "masks/1.png").write_bytes(b"PNG")
 
 
+def _deep_picture(folder, image):
+    Image.new("I;16", (30, 27)).save(folder / image / f"images/{image}.png")
+
+
+def _mask_of_ones(folder, image):
+    Image.new("L", (30, 27), 1).save(folder / image / "masks/1.png")
+
+
 def _mask_of_another_size(folder, image):
     Image.new("L", (5, 5)).save(folder / image / "masks/1.png")
 
@@ -122,6 +130,8 @@ def _mask_of_another_size(folder, image):
         (_broken_picture, "cannot read .*images"),
         (_broken_mask, "cannot read .*masks/1.png"),
         (_mask_of_another_size, "masks/1.png is 5x5, not 30x27"),
+        (_deep_picture, "images/.* has more than 8 bits"),
+        (_mask_of_ones, "masks/1.png has no value above 127"),
     ],
 )
 def test_what_is_wrong_is_named(source, tmp_path, spoil, message):
@@ -173,3 +183,16 @@ def test_counts_and_errors(source, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "datasets/dsb2018/annotations/instances_val.json").is_file()
     assert cli.run(tool.main, [str(folder)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("encrypted"), NotImplementedError("method 9")])
+def test_a_zip_that_python_cannot_read(source, tmp_path, monkeypatch, error):
+    folder, _ = source
+    path = shutil.make_archive(str(tmp_path / "stage1_train"), "zip", folder)
+
+    def read(*_):
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    with pytest.raises(DataError, match=f"cannot read .*images/.*png: {error}"):
+        prepare_dsb2018(path, str(tmp_path / "datasets"))

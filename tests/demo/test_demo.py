@@ -628,3 +628,28 @@ def test_other_outputs(model, tmp_path, monkeypatch, is_video, kind):
     assert ("keypoints" in result) == (kind == "keypoints")
     if kind == "keypoints":  # COCO counts pixels, Detectron2 measures from their corners
         assert result["keypoints"] == pytest.approx([11.5, 11.5, 0.9, 35.0, 28.0, 0.8])
+
+
+def test_pictures_that_cannot_be_written(model, images, tmp_path, monkeypatch, capfd):
+    """The others are, and the results of all."""
+    save = Image.Image.save
+
+    def fail_for_b(self, path, **kwargs):
+        if str(path).endswith("b.png"):
+            raise ValueError("too large for this format")
+        save(self, path, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", fail_for_b)
+    argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
+    assert cli.run(demo.main, [*argv, "--json", str(tmp_path / "r.json")]) == 1
+    err = capfd.readouterr().err
+    assert f"cannot write {tmp_path / 'out' / 'b.png'}: too large" in err
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "c.bmp"]
+    assert len({r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())}) == 3
+
+
+def test_folders_that_cannot_be_written_to(model, images, capfd):
+    """Before the first prediction."""
+    argv = [*model, "--input", str(images / "a.jpg"), "--json", "/proc/results.json"]
+    assert cli.run(demo.main, argv) == 1
+    assert "no file can be written in /proc" in capfd.readouterr().err

@@ -36,6 +36,7 @@ def test_scale_enlarges_small_objects():
     assert planned["INPUT.MIN_SIZE_TEST"] == 480 and planned["INPUT.MAX_SIZE_TEST"] == 960
     assert planned["INPUT.MIN_SIZE_TRAIN"] == [384, 480]
     assert planned["INPUT.MAX_SIZE_TRAIN"] == 960
+    assert planned["TEST.AUG.MIN_SIZES"] == [360, 480, 720]
 
 
 def test_scale_enlarges_at_most_four_times():
