@@ -11,6 +11,7 @@ from panet_d2.analysis import (
     detection_stages,
     evaluate_boxes_of,
     evaluate_true_boxes,
+    inspection,
     level_shares,
     mask_paths,
 )
@@ -264,3 +265,57 @@ def test_a_model_without_roi_heads(squares):
     ):
         with pytest.raises(ValueError, match=message):
             look()
+
+
+class Fixed(torch.nn.Module):
+    """Proposals of four sizes, one for each of FPN's levels."""
+
+    def forward(self, images, features, gt_instances=None):
+        boxes = torch.tensor([[0.0, 0, side, side] for side in (50, 150, 300, 600)])
+        found = Instances(images.image_sizes[0], proposal_boxes=Boxes(boxes))
+        found.objectness_logits = torch.ones(4)
+        return [found], {}
+
+
+def test_rows_are_the_levels_of_fpns_rule():
+    model = build_model(tiny_cfg()).eval()
+    model.proposal_generator = Fixed()
+    for table in level_shares(model, [batch(1)]).values():
+        assert table[:, -1].tolist() == [1, 1, 1, 1]
+
+
+def test_features_that_are_zero_on_all_levels_are_of_none():
+    model = build_model(tiny_cfg()).eval()
+    bias = model.roi_heads.box_pooler.adaptation_layers.bias
+    with torch.no_grad():
+        bias.fill_(-1e4)
+        bias.chunk(4)[2][0] = 1e4  # one feature of the third level; all others are 0
+    table = level_shares(model, [batch(1)])["box_pooler"]
+    there = table[:, -1] > 0
+    assert there.any() and (table[there, 2] == 1).all()
+
+
+def test_true_boxes_of_resized_images(tmp_path):
+    register_coco_file("scaled_squares", *write_coco(tmp_path, num_images=1))
+    cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", False, "INPUT.MIN_SIZE_TEST", 128)
+    model = build_model(cfg).eval()
+    predictor = model.roi_heads.mask_head.predictor
+    with torch.no_grad():
+        predictor.weight.zero_()
+        predictor.bias.fill_(50.0)
+    assert evaluate_true_boxes(cfg, model, "scaled_squares")["AP"] == pytest.approx(100)
+
+
+def test_all_true_boxes_are_evaluated(monkeypatch):
+    asked = []
+
+    def evaluator(*args, max_dets_per_image, **kwargs):
+        asked.append(max_dets_per_image)
+
+    monkeypatch.setattr(inspection, "COCOEvaluator", evaluator)
+    monkeypatch.setattr(inspection, "build_detection_test_loader", lambda *args, **kwargs: [])
+    monkeypatch.setattr(inspection, "NamedImageMapper", lambda *args: None)
+    monkeypatch.setattr(inspection, "inference_on_dataset", lambda *args: {"segm": {}})
+    for most in (50, 250):
+        inspection._evaluate_masks(tiny_cfg(), torch.nn.Module(), "any", None, most)
+    assert asked == [100, 250]

@@ -189,3 +189,62 @@ def test_pictures_show_the_errors(coco):
     assert centre(first)[1] > centre(first)[0]  # found: green
     assert centre(second)[0] > centre(second)[1]  # false positive: red
     assert right[3, 3].tolist() == [0, 0, 0]
+
+
+def test_an_iou_between_the_thresholds(coco):
+    """An IoU of 17 / 24 = 0.71 is right at five of ten thresholds."""
+    results = [prediction(a, bbox=[*a["bbox"][:2], 17, 24]) for a in coco.anns.values()]
+    ap = average_precision(coco, results, "bbox")
+    assert ap == pytest.approx({"AP": 50, "AP50": 100, "AP75": 0})
+
+
+def test_no_limit_of_what_is_found(coco):
+    """COCO's limit of 100 is not for what is found and missed."""
+    results = [prediction(coco.anns[1], score=0.99 - i / 1000) for i in range(150)]
+    match = match_predictions(coco, results)[1]
+    assert len(match.found) == 1 and len(match.false_positives) == 149
+
+
+def test_no_limit_of_the_recall(coco):
+    coco.anns[2]["category_id"] = coco.anns[1]["category_id"]
+    results = [prediction(coco.anns[1], score=0.99 - i / 1000) for i in range(150)]
+    results.append(prediction(coco.anns[2], score=0.1))
+    assert object_recall(coco, results)["all"] == pytest.approx(100 * 2 / 6)
+
+
+def test_results_without_masks_match_by_box(coco):
+    x, y, w, h = coco.anns[1]["bbox"]
+    quarter = np.zeros((64, 96), np.uint8, order="F")
+    quarter[y : y + h // 2, x : x + w // 2] = 1
+    coco.anns[1]["segmentation"] = mask_util.encode(quarter)
+    box = prediction(coco.anns[1])
+    del box["segmentation"]
+    assert len(match_predictions(coco, [box])[1].found) == 1
+
+
+def test_crowds_are_not_missed(coco):
+    """A crowd that nothing has found is not missed."""
+    coco.anns[1]["iscrowd"] = 1
+    assert [a["id"] for a in match_predictions(coco, [])[1].missed] == [2]
+
+
+def test_ap_of_classes_with_objects(coco):
+    """Two of the three classes have no objects."""
+    for annotation in coco.anns.values():
+        annotation["category_id"] = 1
+    results = [prediction(a) for a in coco.anns.values()]
+    assert average_precision(coco, results)["AP"] == pytest.approx(100)
+
+
+def test_precision_of_classes_with_objects(coco):
+    """Two of the three classes have no objects."""
+    for annotation in coco.anns.values():
+        annotation["category_id"] = 1
+    _, precision = precision_recall(coco, [prediction(a) for a in coco.anns.values()])
+    assert precision == pytest.approx(np.ones(101))
+
+
+def test_a_score_of_the_threshold_counts(coco):
+    """A score of the threshold is not lower."""
+    results = [prediction(coco.anns[1], score=0.5)]
+    assert len(match_predictions(coco, results, score_threshold=0.5)[1].found) == 1

@@ -1,12 +1,16 @@
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import FPN, build_model
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 
-from panet_d2.checkpoint.calibration import calibrate
+from panet_d2 import AdaptiveROIPooler
+from panet_d2.checkpoint import calibration
+from panet_d2.checkpoint.calibration import _rows, _scale_outputs, calibrate
 from panet_d2.checkpoint.convert import convert
 from panet_d2.checkpoint.mask_rcnn import warm_start
 from panet_d2.engine import load_strict
+from panet_d2.layers import LevelwiseConv2d
 
 from ..common import batch, tiny_cfg
 from .test_mask_rcnn import DONOR, state
@@ -106,3 +110,48 @@ def test_from_file_to_file(tmp_path):
     notes = {row.target for row in result.rows if row.note.endswith(", calibrated")}
     assert notes == {k for k in plain.state if not torch.equal(plain.state[k], result.state[k])}
     assert "roi_heads.box_pooler.adaptation_layers.weight" in notes
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "LN"])
+def test_outputs_are_scaled_and_shifted(norm):
+    layers = LevelwiseConv2d(3, 32, 2, norm)
+    for parameter in layers.parameters():  # as built, all biases are zero
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 4, 3, 5, 5)
+    scale, shift = torch.rand(2, 32) + 0.5, torch.randn(2, 32)
+    expected = layers(x) * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+    _scale_outputs(layers, scale.flatten(), shift.flatten())
+    torch.testing.assert_close(layers(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_is_the_level_of_fpns_rule():
+    pooler = AdaptiveROIPooler(
+        *(2, SCALES, 2, "ROIAlignV2"), in_channels=3, adaptation="fc", adaptation_dim=5
+    )
+    maps = [torch.randn(1, 3, int(512 * s), int(512 * s)) for s in SCALES]
+    boxes = [Boxes(torch.tensor([[0.0, 0, 40, 40], [0, 0, 300, 300]]))]
+    levels = pooler.adapt(pooler.pool_levels(maps, boxes))
+    target = _rows(pooler, maps, maps, boxes)[-1]
+    # FPN's rule: 300 pixels are for the third level.
+    torch.testing.assert_close(target, torch.stack([levels[0, 0], levels[2, 1]]).relu())
+
+
+def test_the_donors_levels_are_those_of_its_fpn(monkeypatch):
+    model, image, seen = build_model(tiny_cfg()).eval(), batch(1), []
+
+    def rows(pooler, ours, donors, boxes):
+        seen.append((ours, donors))
+        return torch.zeros(2, 1, 1)
+
+    monkeypatch.setattr(calibration, "_rows", rows)
+    monkeypatch.setattr(calibration, "_fit", lambda *args: (torch.ones(1), torch.zeros(1), 0.0))
+    monkeypatch.setattr(calibration, "_scale_outputs", lambda *args: None)
+    calibration.calibrate(model, [image], ["mask_pooler"])
+    ((ours, donors),) = seen
+    with torch.no_grad():
+        p = FPN.forward(model.backbone, model.preprocess_image(image).tensor)
+    assert all(torch.equal(found, p[level]) for found, level in zip(donors, ("p2", "p3")))
+    assert not torch.equal(ours[1], donors[1])  # N3 is not P3
+
+
+SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

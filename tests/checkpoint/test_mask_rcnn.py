@@ -243,3 +243,17 @@ def test_a_cascade_starts_a_panet_without_stages():
     assert torch.equal(result.state["roi_heads.box_head.fc1.weight"], second)
     notes = {r.note for r in result.rows if re.match(r"roi_heads.box_\w+\.[12]\.", r.source)}
     assert notes == {"a later stage of a cascade"}
+
+
+def test_bias_before_a_relu(tmp_path):
+    torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")
+    files = [str(tmp_path / name) for name in ("donor.pth", "panet.pth")]
+    cfg = tiny_cfg("MODEL.ROI_MASK_HEAD.FC_FUSION.RELU", True)
+    bias = convert("mask-rcnn", *files, cfg).state["roi_heads.mask_head.fc_fusion.fc.bias"]
+    assert (bias == 0.01).all()  # at 0 the ReLU would have no gradient
+
+
+def test_first_convs_of_the_path_start_small():
+    donor, model = state(*DONOR), state()
+    result, name = warm_start(donor, model).state, "backbone.pafpn_downsample3.weight"
+    torch.testing.assert_close(result[name], 0.01 * model[name])

@@ -243,3 +243,23 @@ def test_detections(neck, tmp_path):
     close(ours.scores, expected.scores, atol=1e-4)
     close(ours.pred_boxes.tensor, expected.bboxes, atol=0.01)
     assert (ours.pred_masks != expected.masks).float().mean() < 1e-4 < expected.masks.float().mean()
+
+
+def test_each_conv_has_its_place():
+    names = {
+        "neck.fpn_convs.{}.conv": "backbone.fpn_output{}",
+        "neck.downsample_convs.{}.conv": "backbone.pafpn_downsample{}",
+        "neck.pafpn_convs.{}.conv": "backbone.pafpn_output{}",
+        "roi_head.mask_head.convs.{}.conv": "roi_heads.mask_head.mask_fcn{}",
+    }
+    first = dict(zip(names, (2, 3, 3, 1)))  # the number of theirs with index 0
+    pairs = {
+        theirs.format(i) + ".weight": ours.format(first[theirs] + i) + ".weight"
+        for theirs, ours in names.items()
+        for i in range(3)
+    }
+    source = {name: torch.tensor([float(i)]) for i, name in enumerate(pairs)}
+    state = apply_rules(source, mmdet_rules()).state
+    assert {ours: state[ours] for ours in pairs.values()} == {
+        ours: source[theirs] for theirs, ours in pairs.items()
+    }

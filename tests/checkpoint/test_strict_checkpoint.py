@@ -64,7 +64,7 @@ def test_required_part_must_be_whole_and_the_rest_may_be_new(path):
     state = Model().state_dict()
     del state["head.bias"]
     state["head.weight"] = torch.zeros(5, 3)
-    state["other.weight"] = torch.zeros(1)
+    state["other.weight"] = state["body.other"] = torch.zeros(1)
     torch.save({"model": state}, path)
     StrictCheckpointer(Model(), required=["body."]).load(path)
     del state["body.0.bias"]

@@ -212,3 +212,19 @@ def test_areas_that_the_evaluation_takes_for_others(area, severity, what):
     assert [(p.severity, p.what) for p in found] == [(severity, what)]
     assert "annotation 4" in found[0].where
     assert check_annotations(content, evaluated=False) == []
+
+
+CUTS = [
+    lambda x, y, w, h: (x + 0.6 * w, y, 0.4 * w, h),
+    lambda x, y, w, h: (x, y + 0.6 * h, w, 0.4 * h),
+    lambda x, y, w, h: (x, y, 0.4 * w, h),
+    lambda x, y, w, h: (x, y, w, 0.4 * h),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=["left", "top", "right", "bottom"])
+def test_each_edge_is_compared(cut):
+    """A box of two fifths of its object, whose other three edges are right."""
+
+    content = with_boxes(dataset("rle"), cut, every=20)
+    assert [p.what for p in check_annotations(content)] == ["box differs from its mask"] * 2

@@ -291,3 +291,13 @@ def test_test_time_augmentation_of_one_channel_and_narrow_images(tmp_path):
     assert len(predictor(picture(1))["instances"])
     with pytest.raises(DataError, match="too narrow: TEST.AUG.MIN_SIZES"):
         predictor(np.zeros((1, 900), np.uint8))
+
+
+def test_gray_of_a_bgr_image():
+    """Pillow's weights: red counts 0.299, blue 0.114. Images are BGR."""
+    predictor = Predictor.__new__(Predictor)  # in the repository: that of test_one_channel
+    predictor.takes_gray, predictor.channels = True, 1
+    predictor.cfg = tiny_cfg("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0])
+    red = np.zeros((4, 6, 3), np.uint8)
+    red[:, :, 2] = 255
+    assert (predictor._check(red) == 76).all()

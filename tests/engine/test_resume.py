@@ -1,13 +1,13 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
-import torch
-from torch import nn
+from detectron2.engine.train_loop import AMPTrainer
 
 from panet_d2.engine import Trainer, setup_config
 from panet_d2.engine.main import setup
-from panet_d2.engine.resume import changed_keys
+from panet_d2.engine.resume import ResumableAMPTrainer, changed_keys
 from panet_d2.errors import CheckpointError
 
 
@@ -96,7 +96,6 @@ def test_random_weights_that_stay_frozen(config_file, caplog, opts, warned):
         trainer.resume_or_load(resume=False)
     assert ("MODEL.BACKBONE.FREEZE_AT" in caplog.text) == warned
     assert warned or all(p.requires_grad for p in trainer.model.parameters())
-    assert isinstance(trainer.model, nn.Module) and torch.is_grad_enabled()
 
 
 def test_run_with_other_precision_is_continued(config_file):
@@ -110,4 +109,14 @@ def test_run_with_other_precision_is_continued(config_file):
     amp = type(amp)(amp.cfg)
     assert "grad_scaler" not in state["_trainer"]
     amp.load_state_dict(state)
-    assert amp.loop.grad_scaler.get_scale() > 0
+    assert amp.loop.iter == trainer.loop.iter > 0
+
+
+def test_the_saved_scale_of_the_loss_is_loaded(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(AMPTrainer, "load_state_dict", lambda self, state: loaded.append(state))
+    trainer = ResumableAMPTrainer.__new__(ResumableAMPTrainer)
+    trainer.grad_scaler = SimpleNamespace(state_dict=lambda: {"scale": 65536.0})
+    trainer.load_state_dict({"grad_scaler": {"scale": 512.0}})
+    trainer.load_state_dict({})
+    assert [state["grad_scaler"]["scale"] for state in loaded] == [512.0, 65536.0]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from panet_d2.checkpoint import RunCheckpointer
 from panet_d2.data.train_loader import seed_all
-from panet_d2.engine import Trainer, latest_checkpoint, setup_config
+from panet_d2.engine import Trainer, latest_checkpoint, setup_config, trainer
 from panet_d2.engine.hooks import StopOnSignal
 from panet_d2.errors import CheckpointError, ConfigError, TrainingDiverged
 
@@ -475,3 +475,17 @@ class TestOptimizer:
         cfg = tiny_cfg("SOLVER.OPTIMIZER", "LION")
         with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER.*'LION'.*'SGD', 'ADAMW'"):
             Trainer.build_optimizer(cfg, build_model(cfg))
+
+
+def test_augmented_views_are_of_the_whole_image(monkeypatch):
+    """The views are made of the image in its file's size."""
+    seen = []
+    monkeypatch.setattr(trainer, "RCNNWithTTA", lambda cfg, model: model)
+    monkeypatch.setattr(trainer, "inference_on_dataset", lambda *args: {})
+    monkeypatch.setattr(trainer, "print_csv_format", lambda results: None)
+    monkeypatch.setattr(Trainer, "build_evaluator", lambda *args: None)
+    monkeypatch.setattr(
+        Trainer, "build_test_loader", lambda cfg, name: seen.append(cfg.INPUT.MIN_SIZE_TEST) or []
+    )
+    Trainer.test_with_tta(tiny_cfg("DATASETS.TEST", ["a"]), None)
+    assert seen == [0]

@@ -238,3 +238,81 @@ def test_from_folds_to_a_comparison(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"ours +\| 100\.0 +\| \+\d", printed) and "| from base" in printed
     assert Image.open(tmp_path / "out/result.png").size == (1200, 480)
+
+
+def test_sizes_are_sides():
+    """Six tenths of the usual side are more than a half: similar."""
+    data = dataset("ab")
+    for a in data["annotations"]:
+        if a["area"] == 100:
+            a.update(area=24 * 24, bbox=[70, 0, 24, 24], segmentation=rle(70, 0, 24))
+    model = photos.compare(data, {"m": {1: detections(data)}}, "m", 100, draws=2)["models"]["m"]
+    assert model["AP similar"] == pytest.approx(100) and np.isnan(model["AP smaller"])
+
+
+def test_limit_of_detections():
+    """One detection of an image and class: the other of class a is lost."""
+    data = dataset("ab")
+    runs = {"m": {1: detections(data)}}
+    few, all_ = (
+        photos.compare(data, runs, "m", limit, draws=2)["models"]["m"]["AP all"] for limit in (1, 2)
+    )
+    assert few < 80 and all_ == pytest.approx(100)
+
+
+def test_interval_of_95_percent(monkeypatch):
+    data, asked = dataset("ab"), []
+    monkeypatch.setattr(
+        photos.np, "nanquantile", lambda sample, q: asked.append((len(sample), list(q))) or q
+    )
+    runs = {name: {1: detections(data)} for name in ("base", "ours")}
+    photos.compare(data, runs, "base", 100, draws=7)
+    assert asked == [(7, [0.025, 0.975])]
+
+
+def test_the_usual_side_is_the_median():
+    """The side of 60 is three times the usual 20, which one large object does not change."""
+    data = dataset("ab")
+    for i, a in enumerate(data["annotations"]):
+        x, y, side = ((0, 0, 20), (30, 0, 20), (0, 30, 60))[i % 3]
+        a.update(area=side**2, bbox=[x, y, side, side], segmentation=rle(x, y, side))
+    model = photos.compare(data, {"m": {1: detections(data)}}, "m", 100, draws=2)["models"]["m"]
+    assert model["AP larger"] == model["AP similar"] == pytest.approx(100)
+
+
+def test_each_draw_has_as_many_photos(monkeypatch):
+    """Each draw has as many photos as there are: here four of two images each."""
+    data, drawn = dataset("abcd"), []
+    real = photos._Evaluated.precision
+
+    def precision(self, images=None, *args):
+        if images is not None:
+            drawn.append(len(images))
+        return real(self, images, *args)
+
+    monkeypatch.setattr(photos._Evaluated, "precision", precision)
+    photos.compare(data, {"m": {1: detections(data)}}, "m", 100, draws=3)
+    assert drawn == [8, 8, 8]
+
+
+def test_false_positives_of_images_without_objects():
+    """A false positive in an image without objects counts among those of the others' usual size."""
+    data = dataset("abcd")
+    data["images"].append(
+        {"id": 99, "file_name": "empty.jpg", "photo": "e", "height": SIDE, "width": SIDE}
+    )
+    wrong = {"image_id": 99, "category_id": 1, "score": 2.0, "segmentation": rle(60, 60, 38)}
+    found = [*detections(data), wrong]
+    model = photos.compare(data, {"m": {1: found}}, "m", 100, draws=2)["models"]["m"]
+    assert model["AP similar"] < 99 and model["AP smaller"] == pytest.approx(100)
+
+
+def test_the_difference_is_of_all_seeds():
+    """All photos are one unit, so nothing varies; one of two seeds is better."""
+    data = dataset("abcd")
+    for image in data["images"]:
+        image["building"] = 7
+    rough, exact = detections(data, smaller=4), detections(data)
+    runs = {"base": {1: rough, 2: rough}, "ours": {1: exact, 2: rough}}
+    d = photos.compare(data, runs, "base", 100, draws=2, unit="building")["differences"]["ours"]
+    assert d["low"] == pytest.approx(d["mean"]) == d["high"]

@@ -381,3 +381,11 @@ def test_info_has_the_answer_for_each_type(caplog, monkeypatch):
         "float32: triton, float16: reference (RuntimeError: out of registers), bfloat16: triton"
     )
     assert len(warnings(caplog)) == 1
+
+
+def test_out_of_memory_is_no_fault_of_the_kernels():
+    def uses():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        check._check(torch.device("cpu"), torch.float32, uses, (), True)

@@ -293,3 +293,7 @@ def test_the_top_block_runs_once():
     model.top_block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     outputs = model(torch.rand(1, 3, 64, 64))
     assert len(seen) == 1 and torch.equal(seen[0], outputs["p5"])
+
+
+def test_fuse_type_of_the_config():
+    assert build_backbone(tiny_cfg("MODEL.FPN.FUSE_TYPE", "avg"))._fuse_type == "avg"

@@ -268,3 +268,10 @@ def test_levels_of_different_width():
     shapes = {**SHAPES, "p3": ShapeSpec(channels=16, stride=8)}
     with pytest.raises(ConfigError, match="MODEL.ROI_HEADS.IN_FEATURES.*width"):
         AdaptiveROIPooler(tiny_cfg(), shapes, "ROI_BOX_HEAD")
+
+
+def test_sampling_ratio_of_the_config():
+    shapes = {f"p{i}": ShapeSpec(channels=32, stride=2**i) for i in (2, 3, 4, 5)}
+    cfg = tiny_cfg("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 3)
+    box = AdaptiveROIPooler(cfg, shapes, "ROI_BOX_HEAD")
+    assert box.sampling_ratio == 3 and box.scales == SCALES

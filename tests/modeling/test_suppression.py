@@ -5,12 +5,14 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from panet_d2 import AdaptivePoolingMixin
 from panet_d2.errors import ConfigError
 from panet_d2.layers import box_voting, soft_nms
 from panet_d2.modeling.check_model import warn_once
+from panet_d2.modeling.roi_heads.suppression import Suppression
 
 from ..common import batch, tiny_cfg
 
@@ -184,3 +186,13 @@ def test_another_box_predictor_is_rejected():
     cfg = tiny_cfg(*SOFT, "MODEL.ROI_HEADS.NAME", heads.__name__)
     with pytest.raises(ConfigError, match="TEST.SOFT_NMS.ENABLED .*OtherPredictor"):
         build_model(cfg)
+
+
+def test_linear_soft_nms_begins_at_the_threshold():
+    found = Instances(
+        (100, 100), pred_boxes=Boxes(torch.tensor([[0.0, 0, 30, 10], [15, 0, 45, 10]]))
+    )
+    found.scores, found.pred_classes = torch.tensor([0.9, 0.6]), torch.tensor([0, 0])
+    for threshold, score in ((0.5, 0.6), (0.2, 0.4)):  # their IoU is a third
+        result = Suppression(threshold, -1, soft_nms="linear")(found)
+        assert result.scores.tolist() == pytest.approx([0.9, score])

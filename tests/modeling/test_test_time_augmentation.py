@@ -1,7 +1,9 @@
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
@@ -11,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from panet_d2.errors import ConfigError
 from panet_d2.layers import box_voting, soft_nms
 from panet_d2.modeling import RCNNWithTTA, check_test_aug
+from panet_d2.modeling.roi_heads.suppression import Suppression
 
 from ..common import batch, tiny_cfg
 
@@ -361,3 +364,39 @@ class TestRejected:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match="pip install ensemble-boxes"):
             check_test_aug(tiny_cfg(*AUG, "TEST.AUG.MERGE", "wbf"))
+
+
+def wbf(monkeypatch, fused, *opts):
+    """RCNNWithTTA.merge with a library that records its options and gives back ``fused``."""
+
+    library, options = ModuleType("ensemble_boxes"), []
+    library.weighted_boxes_fusion = lambda *args, **kw: options.append(kw) or fused
+    monkeypatch.setitem(sys.modules, "ensemble_boxes", library)
+    cfg = tiny_cfg("TEST.AUG.MERGE", "wbf", *opts)
+    tta = RCNNWithTTA.__new__(RCNNWithTTA)
+    torch.nn.Module.__init__(tta)
+    tta.cfg, tta.suppression = cfg, Suppression.from_config(cfg)
+    view = Instances((100, 200), pred_boxes=Boxes(torch.tensor([[0.0, 0, 20, 20]])))
+    view.scores, view.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+    return tta.merge([view, view[:]], cfg.TEST.AUG.MIN_SIZES, (100, 200)), options
+
+
+NONE = (np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+
+
+def test_fusion_has_the_threshold_of_nms(monkeypatch):
+    opts = ("TEST.AUG.MIN_SIZES", [64, 96], "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3)
+    assert wbf(monkeypatch, NONE, *opts)[1] == [{"iou_thr": 0.3}]
+
+
+def test_a_fused_score_is_at_most_one(monkeypatch):
+    """A box of 20 pixels that both views have found becomes one of 19, for which one counts."""
+    fused = (np.array([[0.0, 0, 0.095, 0.19]]), np.array([0.9]), np.zeros(1))
+    opts = ("TEST.AUG.MIN_SIZES", [64, 96], "TEST.AUG.BOX_SIZES", [20, 50])
+    assert wbf(monkeypatch, fused, *opts)[0].scores.tolist() == [1.0]
+
+
+def test_fusion_keeps_as_many_as_are_wanted(monkeypatch):
+    fused = (np.tile([[0.0, 0, 0.2, 0.4]], (5, 1)), np.linspace(0.1, 0.5, 5), np.zeros(5))
+    opts = ("TEST.AUG.MIN_SIZES", [64, 96], "TEST.DETECTIONS_PER_IMAGE", 2)
+    assert wbf(monkeypatch, fused, *opts)[0].scores.tolist() == pytest.approx([0.5, 0.4])

@@ -127,3 +127,16 @@ def test_detectron2s_own_class_does_not_ignore_it(key, value):
 
 def test_a_config_without_our_keys():
     assert len(DatasetMapperTTA(get_cfg()).min_sizes) == 9
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("TEST.AUG.ASPECT_RATIOS", [0.5]),
+        ("TEST.AUG.BOX_SIZES", [20, 50]),
+        ("TEST.AUG.MASKS", "logits"),
+    ],
+)
+def test_detectron2s_own_class_rejects_each_key(key, value):
+    with pytest.raises(ConfigError, match=f"{key} is set.*RCNNWithTTA"):
+        DatasetMapperTTA(tiny_cfg("TEST.AUG.ENABLED", True, key, value))

@@ -48,3 +48,19 @@ def test_other_anchors():
     data = measure(squares([10, 20]))
     assert anchor_overlaps(tiny_cfg("MODEL.RPN.IN_FEATURES", ["res4"]), data) is None
     assert anchor_recall(tiny_cfg("MODEL.RPN.IN_FEATURES", ["res4"]), data) == {}
+
+
+def test_objects_at_the_border():
+    """Narrow objects at the right and the lower border, where the nearest one is outside."""
+
+    narrow = [(150 - w, 20, w, 4 * w) for w in (5, 8, 11)] + [
+        (20, 100 - h, 4 * h, h) for h in (5, 8, 11)
+    ]
+    data = measure(content([(100, 150, narrow)]))
+    cfg = tiny_cfg("INPUT.MIN_SIZE_TEST", 128)  # OFFSET is 0
+    strides = [4, 8, 16, 32, 64]
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
+    maps = [torch.zeros(1, 1, 128 // s, 192 // s) for s in strides]
+    boxes = Boxes(torch.from_numpy(data.boxes * 1.28).float())
+    expected = pairwise_iou(Boxes.cat(generator(maps)), boxes).max(dim=0).values
+    torch.testing.assert_close(torch.from_numpy(anchor_overlaps(cfg, data)).float(), expected)

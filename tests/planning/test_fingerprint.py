@@ -96,3 +96,9 @@ def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(annotations))
     with pytest.raises(DataError, match="unknown category"):
         read_fingerprint(json_file, root)
+
+
+def test_areas_are_those_of_the_masks():
+    annotations = content([(100, 100, [(0, 0, 10, 10)])])
+    annotations["annotations"][0]["area"] = 30  # the mask fills a part of its box
+    assert measure(annotations).areas.tolist() == [30]

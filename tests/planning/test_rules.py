@@ -315,3 +315,67 @@ def test_batch_that_does_not_fit():
     assert Hardware(1, 10).batch(cfg) == 2
     assert Hardware(8, 10).batch(cfg) == 16
     assert Hardware(32, 10).batch(cfg) == 32  # at least one on each
+
+
+def test_budget_of_long_images():
+    """Images twice as wide as high: 0.1 megapixels are 223 x 447, in steps of 32: 192."""
+    data = measure(squares([10] * 9 + [50], (200, 400)))
+    planned = plan_scale(data, sized(200), Hardware(max_megapixels=0.1))
+    size, longest = (planned[f"INPUT.{k}_SIZE_TEST"].value for k in ("MIN", "MAX"))
+    assert size == 192 and size * longest <= 1e5
+
+
+def test_crops_enlarge_at_most_twice():
+    """The test size is at most twice the size that fits in training."""
+    boxes = [(0, 0, 10, 10)] * 9 + [(0, 0, 300, 300)]
+    data = measure(content([(1000, 1000, boxes)] * 2, 1, "rle"))
+    planned = plan_scale(data, sized(192), Hardware(max_megapixels=0.05))  # 192 fits
+    assert planned["INPUT.MIN_SIZE_TEST"].value == 384
+    assert planned["INPUT.CROP.SIZE"].value == [0.5, 0.5]
+
+
+def test_samples_are_for_usual_images():
+    """One image of five is crowded: the samples are for the others."""
+    images = [(400, 400, [(0, 0, 10, 10)] * n) for n in (300, 10, 10, 10, 10)]
+    cfg = tiny_cfg("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 512)
+    planned = plan_detections(measure(content(images)), cfg, Hardware())
+    assert "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE" not in planned
+
+
+def test_learning_rate_of_adamw():
+    """4 images a step instead of 16: half the rate."""
+    data = measure(content([(50, 50, [(0, 0, 9 + i % 9, 9)]) for i in range(20)]))
+    cfg = tiny_cfg("SOLVER.BASE_LR", 0.0002, "SOLVER.OPTIMIZER", "ADAMW")
+    assert plan_schedule(data, cfg, Hardware())["SOLVER.BASE_LR"].value == 0.0001
+
+
+def test_images_that_are_left_out_are_no_part_of_a_pass():
+    """Images that are not trained on are no part of a pass."""
+    images = [(50, 50, [(0, 0, 9 + i % 9, 9)]) for i in range(100)] + [(50, 50, [])] * 300
+    data = measure(content(images))
+    for filtered, steps in ((True, 300), (False, 1200)):  # 12 passes, 4 images a step
+        cfg = tiny_cfg("DATALOADER.FILTER_EMPTY_ANNOTATIONS", filtered)
+        assert plan_schedule(data, cfg, Hardware())["SOLVER.MAX_ITER"].value == steps
+
+
+def test_fewer_images_have_more_passes():
+    """12 passes of COCO times the root of 118287 / 5000: 58 passes, 18125 steps of 16."""
+    data = measure(content([(50, 50, [(0, 0, 9 + i % 9, 9)]) for i in range(5000)]))
+    planned = plan_schedule(data, tiny_cfg(), Hardware(2, 80))
+    assert planned["SOLVER.MAX_ITER"].value == 18000
+
+
+def test_if_most_classes_are_rare_none_is_repeated():
+    """Three of four classes are in 5 of 200 images: nearly all of these would be repeated."""
+    images = [
+        (50, 50, [(0, 0, 9, 9, 0), *[(9, 9, 9, 9, c) for c in (1, 2, 3) if i < 5]])
+        for i in range(200)
+    ]
+    planned = plan_sampling(measure(content(images, classes=4)), tiny_cfg(), Hardware())
+    assert planned["DATALOADER.SAMPLER_TRAIN"].value == "TrainingSampler"
+
+
+def test_memory_of_a_deeper_resnet():
+    """Twice the memory: half of the 4.9 megapixels of a ResNet-50."""
+    cfg = tiny_cfg("MODEL.RESNETS.DEPTH", 101)
+    assert Hardware(1, 24).megapixels(cfg) == pytest.approx(2.45)

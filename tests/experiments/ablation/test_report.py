@@ -142,3 +142,17 @@ def test_seeds_of_a_rung_were_trained_alike(tmp_path):
     write_run(tmp_path, "+norm", 2, 31.0, ("MODEL.FPN.NORM", "BN"))
     with pytest.raises(DataError, match=r"MODEL.FPN.NORM is BN in .*2.json, GN in .*1.json"):
         load_results(str(tmp_path))
+
+
+def test_plotted_differences(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    runs = {
+        rung: {s: {"results": {"segm/AP": ap + s * s}} for s in (1, 2)}
+        for rung, ap in (("baseline", 30.0), ("+mst", 32.0))
+    }
+    runs["+mst"][2]["results"]["segm/AP"] += 1
+    report.plot_differences(runs, "differences.png")
+    interval, mean, _ = (list(line.get_xdata()) for line in figures[0].axes[0].lines)
+    # Differences 2 and 3; Student's t for one degree of freedom is 12.71.
+    assert mean == [2.5] and interval == pytest.approx([2.5 - 6.35, 2.5 + 6.35], abs=0.01)
