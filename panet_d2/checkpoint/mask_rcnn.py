@@ -67,6 +67,10 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
         raise CheckpointError(
             "not a Detectron2 Mask R-CNN with FPN; no name starts with backbone.fpn_lateral."
         )
+    if any("_pooler.adaptation_layers." in name for name in source):
+        raise CheckpointError(
+            "not a Mask R-CNN, but a PANet, which has adaptation layers; give it to MODEL.WEIGHTS."
+        )
     # Names of the adaptation layers, by the names of the head's layers in _STEMS.
     pattern = r"(roi_heads\.(\w+)_pooler\.adaptation_layers)\.weight"
     matches = filter(None, (re.fullmatch(pattern, name) for name in model))

@@ -188,6 +188,11 @@ def test_other_architectures(donor_opts, opts, message):
         warm_start(donor, model)
 
 
+def test_a_panet_needs_no_conversion():
+    with pytest.raises(CheckpointError, match="not a Mask R-CNN, but a PANet"):
+        warm_start(state(), state())
+
+
 def test_from_file_to_file(tmp_path):
     cfg = tiny_cfg()
     torch.save({"model": state(*DONOR)}, tmp_path / "donor.pth")

@@ -126,7 +126,8 @@ def workspace(tmp_path_factory):
     )
     config_file, run = str(folder / "cells.yaml"), str(folder / "output/cells")
     assert engine.main(["--config-file", config_file, "OUTPUT_DIR", run]) == 0
-    shutil.copy(folder / "output/cells/model_final.pth", folder / "model.pth")
+    for name in ("model.pth", "start.pth"):
+        shutil.copy(folder / "output/cells/model_final.pth", folder / name)
     picture = np.random.RandomState(0).randint(0, 256, (64, 96, 3), np.uint8)
     for name in ("image.jpg", "a.jpg", "folder/a.png", "more/b.png"):
         (folder / name).parent.mkdir(exist_ok=True)
