@@ -42,11 +42,11 @@ def folder(tmp_path_factory) -> Path:
         *("DATASETS.TRAIN", ["gone_train"], "DATASETS.TEST", ["gone_val"]),
         *("DATASETS.CATEGORIES", [[i, name] for i, name in enumerate(NAMES, 7)]),
     )
-    (folder / "output").mkdir()
-    (folder / "output/config.yaml").write_text(cfg.dump())
+    (folder / "output/cells").mkdir(parents=True)
+    (folder / "output/cells/config.yaml").write_text(cfg.dump())
     model = confident(build_model(cfg))
     model.roi_heads.box_predictor.cls_score.weight.data.mul_(3)
-    torch.save({"model": model.state_dict()}, folder / "output/model_final.pth")
+    torch.save({"model": model.state_dict()}, folder / "output/cells/model_final.pth")
     # A PNG by its content, so that every program reads the same pixels.
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     (folder / "image.jpg").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
@@ -63,8 +63,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder) -> Instances:
     cfg = tiny_cfg()
-    cfg.merge_from_file(str(folder / "output/config.yaml"))
-    cfg.MODEL.WEIGHTS = str(folder / "output/model_final.pth")
+    cfg.merge_from_file(str(folder / "output/cells/config.yaml"))
+    cfg.MODEL.WEIGHTS = str(folder / "output/cells/model_final.pth")
     objects = DefaultPredictor(cfg)(cv2.imread(str(folder / "image.jpg")))["instances"]
     assert len(objects) > 3 and len(set(objects.pred_classes.tolist())) > 1
     return objects
