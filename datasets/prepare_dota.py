@@ -96,7 +96,7 @@ def _index(folder: str) -> Dict[str, Tuple[str, str]]:
     images = files_by_image(folder, ".png")
     labels = files_by_image(folder, ".txt", "labelTxt")
     if not images:
-        raise DataError(f"{folder} has no images/<image>.png whose name has no '_', as DOTA's.")
+        raise DataError(f"{folder} has no images/<image>.png; names with '_' are not DOTA's.")
     for name in sorted(images.keys() ^ labels.keys()):
         missing = "labelTxt/<image>.txt" if name in images else "<image>.png"
         raise DataError(f"{folder}: image {name} has no {missing.replace('<image>', name)}.")

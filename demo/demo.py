@@ -258,9 +258,9 @@ def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
     for file in files:
         if os.path.isdir(file) or os.path.realpath(file) in kept:
             raise DataError(f"{file} is a folder or an input, and will not be overwritten")
-        folder = os.path.dirname(file) or "."
-        os.makedirs(folder, exist_ok=True)
+    for folder in {os.path.dirname(file) or "." for file in files if not os.path.exists(file)}:
         try:
+            os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as e:
             raise DataError(f"no file can be written in {folder}: {e}") from e
@@ -312,7 +312,7 @@ def predict(args: argparse.Namespace) -> int:
     make_way(to_write, keep=[*names, args.config_file])
     if not to_write:
         check_display()
-    model, results = Model(args), []
+    model, results, unwritten = Model(args), [], False
     writer: Optional[cv2.VideoWriter] = None
     try:
         for image_id, name, image in tqdm(items, total=total or None, disable=not to_write):
@@ -330,7 +330,7 @@ def predict(args: argparse.Namespace) -> int:
                     picture.save(files[name], quality=95)
                 except (OSError, ValueError) as e:  # a size that the format cannot have
                     say(f"cannot write {files[name]}: {e}")
-                    failed.append(name)
+                    unwritten = True
             elif args.output:
                 picture = model.draw(image, outputs)
                 writer = writer or open_writer(files[name], fps, picture)
@@ -350,7 +350,7 @@ def predict(args: argparse.Namespace) -> int:
             json.dump(results, f)
     if failed and given > 1:
         say(f"{len(failed)} of {given} inputs could not be used")
-    return 1 if failed else 0
+    return 1 if failed or unwritten else 0
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

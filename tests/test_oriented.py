@@ -168,6 +168,14 @@ def test_parts_for_upright_boxes(opts, message, backbone):
         build_model(tiny_cfg(*ORIENTED, "MODEL.BACKBONE.NAME", backbone, *opts))
 
 
+def test_a_box_of_no_area_is_left_out(data):
+    """And the others are used."""
+    path, content = data
+    content["annotations"][2]["bbox"][2] = 0
+    problems = check_annotations(content)
+    assert [(p.severity, p.what) for p in problems] == [("warning", "box of no area")]
+
+
 def test_parts_of_a_user(monkeypatch):
     """Detectron2 takes any; what they need is not known here."""
 

@@ -56,7 +56,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
         names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
         for name in [names] if isinstance(names, str) else names or ():
             if name in DatasetCatalog:
-                check_dataset_files(name)
+                check_dataset_files(name, split == "test")
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="panet_d2")
     # Detectron2's common config always names "cuda".

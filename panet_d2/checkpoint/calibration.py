@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
-from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes
 from torch import nn
 from tqdm import tqdm
@@ -54,7 +54,7 @@ def calibrate(
             # The donor's heads read FPN's levels, before the bottom-up path.
             fpn = features
             if isinstance(model.backbone, PAFPN):
-                fpn = FPN.forward(model.backbone, images.tensor)
+                fpn = model.backbone.top_down(model.backbone.bottom_up(images.tensor))
             proposals, _ = model.proposal_generator(images, features)
             boxes = [p.proposal_boxes[:_PROPOSALS] for p in proposals]
             ours, donors = ([x[f] for f in model.roi_heads.in_features] for x in (features, fpn))

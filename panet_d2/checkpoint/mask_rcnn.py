@@ -116,8 +116,11 @@ def warm_start(source: Tensors, model: Tensors, fc_relu: bool = False) -> Conver
             what = "classes" if "predictor" in target else "anchors"
             may_differ = what == "classes" or target.startswith(_OF_ANCHORS)
             if ours is not None and may_differ and tensor.shape != ours.shape:
-                shape = "x".join(map(str, ours.shape))
-                result.leave_out(name, tensor, f"another number of {what}, {shape}")
+                if "bbox_pred" in target:
+                    what += ", or of boxes for each class"
+                if target == targets[0]:
+                    shape = "x".join(map(str, ours.shape))
+                    result.leave_out(name, tensor, f"another number of {what}, {shape}")
             else:
                 result.put("carried", name, target, tensor)
     may_be_new = [

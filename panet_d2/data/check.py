@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import read_choice
 from ..errors import DataError
-from .check_annotations import check_annotations, record_name
+from .check_annotations import NEEDS_CONFIG, check_annotations, record_name
 from .image_file import is_deep, page_count
 from .problem import Problem, warning
 
@@ -304,10 +304,9 @@ def raise_errors(problems: Sequence[Problem], json_file: str, image_root: str = 
     errors = [p for p in problems if p.severity == "error"]
     if errors:
         files = f"--annotations {shlex.quote(json_file)} --images {shlex.quote(image_root)}"
-        command = f"python tools/check_dataset.py {files}"
-        if any("keypoints" in p.what for p in errors):  # whose number the config has
-            command = "python tools/check_dataset.py --config-file with the config of this run"
-        see_all = f"; to see all, run {command}" if image_root else "."
+        see_all = f"; to see all, run python tools/check_dataset.py {files}" if image_root else "."
+        if image_root and any(p.what in NEEDS_CONFIG for p in errors):
+            see_all = "; to see all, give the config to tools/check_dataset.py --config-file."
         raise DataError(f"{json_file} cannot be used: {_first(errors)}{see_all}")
 
 

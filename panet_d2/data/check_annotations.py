@@ -28,6 +28,8 @@ _MANY = 1000
 _IDS = {int, str}
 BOX_DIFFERS = "box differs from its mask"
 BOX_EMPTY, BOX_OUTSIDE = "box of no area", "box is outside the image"
+# Found only with the number of keypoints, which the config has.
+NEEDS_CONFIG = ("has no keypoints", "not as many keypoints as others")
 # COCO's evaluation ignores objects whose area is not between 0 and this one.
 _LARGEST_AREA = 1e10
 
@@ -325,8 +327,8 @@ def _annotation_problems(
         yield Problem(where, "box of negative size", str(box))
     elif min(box[2:4]) == 0:
         visible = False
-        boxes.without_area += 1
-        if size:
+        if size and not oriented:
+            boxes.without_area += 1
             boxes.see(box, size)
         yield warning(where, BOX_EMPTY, f"{box}; left out")
     elif oriented:
@@ -404,7 +406,8 @@ def _keypoint_name_problems(categories: list, keypoints: int) -> Iterator[Proble
             continue
         where = record_name("category", category)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            yield Problem(where, "keypoints are not a list of names", shown(names))
+            severity = "error" if keypoints else "warning"
+            yield Problem(where, "keypoints are not a list of names", shown(names), severity)
         elif keypoints and names != (first := first or names):
             yield Problem(where, "has other keypoints than the category before", shown(names))
 
@@ -432,7 +435,7 @@ def _keypoint_problems(
             detail = "COCO's evaluation ignores this object"
             yield Problem(where, "num_keypoints is 0, but keypoints are visible", detail)
         if visible and size:
-            low, high = np.min(visible, axis=0), np.max(visible, axis=0)
-            fractions[bool(high.max() <= 1 and min(size) > 2)] += 1
-            if outside(low, high, size):
+            xs, ys = zip(*visible)
+            fractions[max(*xs, *ys) <= 1 and min(size) > 2] += 1
+            if min(*xs, *ys) < -TOLERANCE or max(xs) > size[1] + 1 or max(ys) > size[0] + 1:
                 yield warning(where, "keypoints are outside the image", str(visible))

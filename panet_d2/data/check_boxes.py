@@ -112,9 +112,7 @@ class BoxStatistics:
             if not name and 2 * self._disjoint > count:
                 return "boxes lie beside their masks; both must be in pixels of the image"
             if not name and 2 * self._wrong > count:
-                return (
-                    "boxes are not those of the masks; an RLE counts down the columns (order='F')"
-                )
+                return "boxes do not fit their masks; masks in RLE must count down the columns"
         if not name and 2 * self._fractions > self._seen:
             name = _FRACTIONS
         return f"boxes look like {name}; COCO's are {_COCO}, in pixels" if name else ""

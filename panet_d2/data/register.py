@@ -133,25 +133,34 @@ _PATHS = (
 )
 
 
-def check_dataset_files(name: str) -> None:
+def check_dataset_files(name: str, evaluated: bool = True) -> None:
     """
     Check that the files and folders of a dataset exist.
 
     Args:
         name (str): a registered dataset. Only datasets that Detectron2 reads are checked.
+        evaluated (bool): whether models will be evaluated on the dataset.
 
     Raises:
         DataError: if a path does not exist.
     """
-    if not DatasetCatalog[name].__module__.startswith("detectron2."):
+    if not str(getattr(DatasetCatalog[name], "__module__", "")).startswith("detectron2."):
         return  # a user's own, which may have other paths in its metadata
+    metadata = MetadataCatalog.get(name)
     for key in _PATHS:
-        path = MetadataCatalog.get(name).get(key)
-        if isinstance(path, str) and "://" not in path and not PathManager.exists(path):
-            raise DataError(
-                f"dataset {name!r}: {path} does not exist; set DETECTRON2_DATASETS to the folder "
-                f"of the datasets, which is {datasets_folder()!r} now."
-            )
+        if key.startswith("panoptic") and metadata.get("sem_seg_root"):
+            # Training reads instances and stuff from other files.
+            if not evaluated or metadata.get("evaluator_type") != "coco_panoptic_seg":
+                continue
+        path = metadata.get(key)
+        if isinstance(path, str) and path and "://" not in path and not PathManager.exists(path):
+            hint = "correct the path."
+            if not os.path.isabs(path) or path.startswith(os.path.abspath(datasets_folder())):
+                hint = (
+                    "set DETECTRON2_DATASETS to the folder of the datasets, which is "
+                    f"{datasets_folder()!r} now."
+                )
+            raise DataError(f"dataset {name!r}: {path} does not exist; {hint}")
 
 
 def coco_entries(cfg: CfgNode) -> List[Tuple[str, str, str]]:
@@ -256,8 +265,8 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             _check_shapely(cfg, repr(name))
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     resolve_categories(cfg)
-    for name in used.keys() - files.keys():
-        check_dataset_files(name)
+    for name in (name for name in used if name not in files):
+        check_dataset_files(name, name in cfg.DATASETS.TEST and "TEST" in needed)
 
 
 def _check_dataset(

@@ -6,9 +6,17 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from panet_d2.data import check, check_coco, check_training_images, register, setup_datasets
+from panet_d2.data import (
+    check,
+    check_coco,
+    check_dataset_files,
+    check_training_images,
+    register,
+    setup_datasets,
+)
 from panet_d2.errors import ConfigError, DataError
 
 from ..common import tiny_cfg, write_coco
@@ -250,12 +258,19 @@ def test_keypoints_of_a_model_without(data, points, split):
 
 @pytest.mark.parametrize("names", [[1, 2, 3], 17, {"nose": 1}, [{"name": "nose"}]])
 def test_names_of_keypoints_that_are_none(data, names):
-    data(lambda c: c["categories"][0].update(keypoints=names))
+    """Models without keypoints do not need them."""
+
+    def edit(content):
+        content["categories"][0].update(keypoints=names)
+
+    data(edit)
+    setup_datasets(config())
+    data(with_keypoints(NAMES, edit))
     with pytest.raises(DataError, match="category 1 .*keypoints are not a list of names"):
-        setup_datasets(config())
+        setup_datasets(config(*KEYPOINTS))
 
 
-def test_keypoints_beside_the_image(data, caplog):
+def test_keypoints_beside_the_image(data):
     data(with_keypoints(NAMES, lambda c: c["annotations"][2].update(keypoints=[500, 5, 2] * 3)))
     cfg = config(*KEYPOINTS)
     setup_datasets(cfg)
@@ -285,6 +300,33 @@ def test_files_of_detectron2s_datasets(split, monkeypatch):
     monkeypatch.setattr(PathManager, "exists", lambda path: paths.append(path) or True)
     setup_datasets(cfg)
     assert [os.path.basename(p) for p in paths] == ["instances_val2017.json", "val2017"]
+
+
+def test_files_of_registered_datasets(data, tmp_path):
+    """Image folders may be "", and datasets of a user's own function may have any path."""
+    setup_datasets(config())
+    metadata = MetadataCatalog.get("squares_train")
+    register_coco_instances("by_hand", {}, metadata.json_file, "")
+    register_coco_instances("lost_by_hand", {}, str(tmp_path / "none.json"), "")
+    DatasetCatalog.register("own_records", [].copy)
+    MetadataCatalog.get("own_records").set(json_file="/none")
+    try:
+        check_dataset_files("by_hand")
+        check_dataset_files("own_records")
+        with pytest.raises(DataError, match="none.json does not exist"):
+            check_dataset_files("lost_by_hand")
+    finally:
+        for name in ("by_hand", "lost_by_hand", "own_records"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_panoptic_files_are_needed_to_evaluate_only(monkeypatch):
+    monkeypatch.setattr(PathManager, "exists", lambda path: "panoptic_val2017" not in path)
+    check_dataset_files("coco_2017_val_panoptic_separated", evaluated=False)
+    check_dataset_files("coco_2017_val_panoptic_stuffonly")
+    with pytest.raises(DataError, match="panoptic_val2017"):
+        check_dataset_files("coco_2017_val_panoptic_separated")
 
 
 def test_number_of_keypoints_must_agree(data):

@@ -155,7 +155,7 @@ def _labels(text):
         (_no_labels, "val: image P0001 has no labelTxt/P0001.txt"),
         (_no_image, "val: image P0001 has no P0001.png"),
         (_two_labels, "P0001 has two files: .*labelTxt/P0001.txt and .*v1.5/P0001.txt"),
-        (_nothing, "val has no images/<image>.png whose name"),
+        (_nothing, "val has no images/<image>.png; names"),
         (_latin, "P0001.txt is not text in UTF-8"),
         (_broken_image, "cannot read .*P0001.png"),
         (_labels("1 2 3 4 5 6 7 8 plane"), "P0001.txt: line 2 is '1 2 3 4 5 6 7 8 plane'; it must"),

@@ -642,6 +642,9 @@ def test_pictures_that_cannot_be_written(model, images, tmp_path, monkeypatch, c
     monkeypatch.setattr(Image.Image, "save", fail_for_b)
     argv = [*model, "--input", str(images), "--output", str(tmp_path / "out")]
     assert cli.run(demo.main, [*argv, "--json", str(tmp_path / "r.json")]) == 1
+    one = [*model, "--input", str(images / "b.png"), "--output", str(tmp_path / "out")]
+    assert cli.run(demo.main, [*one, "--json", str(tmp_path / "one.json")]) == 1
+    assert json.loads((tmp_path / "one.json").read_text())
     err = capfd.readouterr().err
     assert f"cannot write {tmp_path / 'out' / 'b.png'}: too large" in err
     assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "c.bmp"]

@@ -22,11 +22,12 @@ WIDE = ("MODEL.ROI_MASK_HEAD.CONV_DIM", 32)  # as wide as the levels, so that al
 CONV = ("MODEL.ROI_BOX_HEAD.AFP.ADAPTATION", "conv", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1)
 
 
-def start(tmp_path, theirs, ours, checkpointer):
+def start(tmp_path, theirs, ours, checkpointer, prefix=""):
     """Load the weights of one model into another; return those before, after and in the file."""
     donor, model = (build_model(tiny_cfg(*WIDE, *opts)) for opts in (theirs, ours))
     path = str(tmp_path / "donor.pth")
-    torch.save({"model": donor.state_dict()}, path)
+    weights = {prefix + name: value for name, value in donor.state_dict().items()}
+    torch.save({"model": weights}, path)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     checkpointer(model).load(path)
     return before, model.state_dict(), donor.state_dict()
@@ -64,7 +65,9 @@ def test_adaptation_layers_of_another_kind(tmp_path):
     assert torch.equal(after[name], donor[name])
 
 
-def test_the_same_heads_are_loaded(tmp_path, caplog):
-    _, after, donor = start(tmp_path, (), (), trainers)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_same_heads_are_loaded(tmp_path, caplog, prefix):
+    """Also of a checkpoint of DistributedDataParallel."""
+    _, after, donor = start(tmp_path, (), (), trainers, prefix)
     assert all(torch.equal(value, donor[name]) for name, value in after.items())
     assert not [m for m in caplog.messages if "other layers" in m]

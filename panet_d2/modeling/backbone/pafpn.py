@@ -176,7 +176,7 @@ class PAFPN(TrainingNotice, FPN):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         features = self.bottom_up(x)
-        pyramid = self._top_down(features)
+        pyramid = self.top_down(features)
         feature = pyramid[self.levels[0]]
         for i, (downsample, fusion) in enumerate(zip(self.downsample_convs, self.fusion_convs)):
             level = self.levels[i + 1]
@@ -192,8 +192,16 @@ class PAFPN(TrainingNotice, FPN):
                 pyramid[self.extra_levels[i]] = extra
         return pyramid
 
-    def _top_down(self, features: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        """FPN's P2…P5. FPN's own forward also runs the top block, on P5."""
+    def top_down(self, features: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """
+        Compute FPN's P2…P5. FPN's own forward also runs the top block, on P5.
+
+        Args:
+            features (dict[str, Tensor]): outputs of :attr:`bottom_up`.
+
+        Returns:
+            dict[str, Tensor]: feature maps by level, "p2" first.
+        """
         upper = self.lateral_convs[0](features[self.in_features[-1]])
         outputs = [self.output_convs[0](upper)]
         for i, (lateral, output) in enumerate(zip(self.lateral_convs, self.output_convs)):

@@ -1,4 +1,4 @@
-"""Heads whose layers in a checkpoint are other layers of the model, although their names match."""
+"""Remove heads from a checkpoint whose layers have another position in the model."""
 
 from __future__ import annotations
 
