@@ -137,9 +137,9 @@ class TrainingLoop(DefaultTrainer):
 
 class HeadHooks(_ROIHeads):
     """
-    A mixin for ROI heads with two methods to override: :meth:`init_head` for the three
-    ``_init_*_head``, which can replace a pooler, and :meth:`forward_box` for the step from
-    proposals to boxes.
+    A mixin for ROI heads with three methods to override: :meth:`init_head` for the three
+    ``_init_*_head``, which can replace a pooler, :meth:`forward_box` for the step from proposals
+    to boxes, and :meth:`before_loading`.
     """
 
     @classmethod
@@ -164,6 +164,15 @@ class HeadHooks(_ROIHeads):
     @classmethod
     def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> dict:
         return cls.init_head(super()._init_keypoint_head, cfg, input_shape, "keypoint")
+
+    def before_loading(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Called with weights before they are loaded by name; may change the dict in place."""
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        self.before_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward_box(
         self,

@@ -171,14 +171,6 @@ def test_resumes_where_it_stopped(folder):
             ],
             "TEST.AUG.ENABLED .*RetinaNet",
         ),
-        (
-            [
-                *("DATASETS.TRAIN", "('cityscapes_fine_panoptic_train',)"),
-                *("DATASETS.TEST", "('cityscapes_fine_panoptic_val',)"),
-                *("MODEL.ROI_HEADS.NUM_CLASSES", "19", "OUTPUT_DIR", "{new}"),
-            ],
-            "cityscapes_fine_panoptic_val.*evaluator_type is 'cityscapes_panoptic_seg'",
-        ),
     ],
 )
 def test_mistakes_are_one_sentence(folder, args, message):

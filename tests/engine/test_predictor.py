@@ -254,7 +254,7 @@ def test_checkpoint_of_other_classes(tmp_path, caplog, monkeypatch):
     assert predictor.metadata.thing_classes == ["b", "a", "c"]
 
 
-@pytest.mark.parametrize("categories", [None, "text", [[1]], [["1", "a"]], {"a": 1}])
+@pytest.mark.parametrize("categories", [None, "text", [[1]], [[1.5, "a"]], {"a": 1}])
 def test_strange_categories_in_a_checkpoint(tmp_path, categories):
     predictor = Predictor(weights(tiny_cfg(), tmp_path, categories=categories))
     assert not predictor.cfg.DATASETS.CATEGORIES

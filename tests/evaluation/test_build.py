@@ -42,6 +42,12 @@ def packages(monkeypatch):
     return modules
 
 
+def test_unknown_evaluator_is_named_before_a_run():
+    name = "cityscapes_fine_panoptic_val"
+    with pytest.raises(ConfigError, match=f"{name}.*evaluator_type is 'cityscapes_panoptic_seg'"):
+        check_evaluators(tiny_cfg("DATASETS.TEST", [name]))
+
+
 @pytest.mark.parametrize("kind", MODULES)
 def test_missing_package_is_named_before_a_run(monkeypatch, kind):
     package = MODULES[kind][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import Callable, Dict
 
 import torch
 from detectron2.config import CfgNode
@@ -64,12 +64,9 @@ class AdaptivePoolingMixin(TrainingNotice, SuppressionMixin):
         ret[f"{branch}_pooler"] = pooler
         return ret
 
-    def _load_from_state_dict(
-        self, state_dict: Dict[str, torch.Tensor], prefix: str, *args: Any
-    ) -> None:
-        # Here, because Detectron2's own trainers load by name, too.
+    def before_loading(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Drop heads with other layers. Here, because Detectron2's trainers load by name, too."""
         drop_other_layers(state_dict, {prefix + n: value for n, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> ROIHeads:
         """Return a copy for TorchScript; raise ExportError if the heads cannot be scripted."""
