@@ -128,10 +128,15 @@ class StrictCheckpointer(LoadHooks):
             ours = [round(float(v), 3) for v in ours.flatten()]
             if len(theirs) == len(ours) and np.allclose(theirs, ours, atol=2e-3):
                 continue
-            message = f"{self._path} has {name} {theirs}, but the model {ours}"
             if self.required is None:
-                raise CheckpointError(f"{message}; set MODEL.{name.upper()} to the checkpoint's.")
-            logger.warning("%s.", message)  # training adapts to other values
+                raise CheckpointError(
+                    f"{self._path} has {name} {theirs}, but the model {ours}; set "
+                    f"MODEL.{name.upper()} to the checkpoint's."
+                )
+            logger.warning(
+                "%s has %s %s, but the model %s; training has to adapt.",
+                *(self._path, name, theirs, ours),
+            )
 
     def _load_checked(self, checkpoint: Dict[str, Any]) -> Any:
         incompatible = super().load_weights(checkpoint)

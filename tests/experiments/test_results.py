@@ -347,12 +347,27 @@ def test_sentences_about_the_stones():
     sizes = {s: models["ideas"][s] - models["baseline"][s] for s in ("AP smaller", "AP larger")}
     tried = json.loads((folder / "tried_adamw_comparison.json").read_text())["differences"]["ideas"]
     page = prose("docs/results.md")
-    assert f"by {span(gains['segm/AP'])}, and more box AP, by {span(gains['bbox/AP'])}." in page
+    assert f"each seed ({len(gains['segm/AP'])} pairs), by {span(gains['segm/AP'])}, and" in page
+    assert f"and more box AP, by {span(gains['bbox/AP'])}." in page
     assert f"median side of their image gain {sizes['AP smaller']:.1f}" in page
     assert f"more than twice the median side gain {sizes['AP larger']:.1f}" in page
     assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in prose(
         "experiments/results/granular/README.md"
     )
+
+
+def test_sentences_about_the_levels_of_the_stones():
+    tables = json.loads((RESULTS / "granular/levels.json").read_text())
+    proposals = [row["proposals"] for row in tables["box_pooler"].values()]
+    finest = {
+        pooler: [100 * row["N2"] for row in table.values() if row["proposals"]]
+        for pooler, table in tables.items()
+    }
+    for page in ("docs/results.md", "experiments/results/granular/README.md"):
+        text = prose(page)
+        assert f"assigns {100 * proposals[0] / sum(proposals):.0f} % of the proposals to N2" in text
+        assert f"AFP takes {span(finest['box_pooler'], 0)} % of the box features" in text
+        assert f"and {span(finest['mask_pooler'], 0)} % of the mask features from N2" in text
 
 
 def test_sentences_about_the_diagnosis_of_the_stones():
