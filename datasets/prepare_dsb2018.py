@@ -21,21 +21,14 @@ from tqdm import tqdm
 
 from panet_d2 import cli
 from panet_d2.data.image_file import is_deep
-from panet_d2.data.tiles import mask_fields, source_arguments, written_whole
+from panet_d2.data.tiles import UNREADABLE_IMAGE, mask_fields, source_arguments, written_whole
 from panet_d2.errors import DataError
 
 # One image in nine is for validation, chosen by the image's name alone.
 _VALIDATION_SHARE = 9
-# What Pillow raises for broken images, and zipfile for damaged ones.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    Image.DecompressionBombError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,  # another compression
-    RuntimeError,  # an encrypted file
-)
+# With what zipfile raises for damaged files, and RuntimeError for encrypted files and those of
+# another compression.
+_UNREADABLE = (*UNREADABLE_IMAGE, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 def prepare_dsb2018(source: str, root: str) -> Dict[str, Tuple[int, int]]:

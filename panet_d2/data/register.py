@@ -265,8 +265,9 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             _check_shapely(cfg, repr(name))
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     resolve_categories(cfg)
-    for name in (name for name in used if name not in files):
-        check_dataset_files(name, name in cfg.DATASETS.TEST and "TEST" in needed)
+    for name in used:
+        if name not in files:
+            check_dataset_files(name, name in cfg.DATASETS.TEST and "TEST" in needed)
 
 
 def _check_dataset(

@@ -96,12 +96,15 @@ def files_by_image(folder: str, suffix: str, parent: str = "") -> Dict[str, str]
     return found
 
 
+# What Pillow raises for broken images.
+UNREADABLE_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)
+
+
 def open_rgb(path: str) -> Image.Image:
     """Read an image as RGB; raise a DataError if it cannot be read."""
     try:
         return Image.open(path).convert("RGB")
-    # What Pillow raises for broken images.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except UNREADABLE_IMAGE as e:
         raise DataError(f"cannot read {path}: {e}") from e
 
 

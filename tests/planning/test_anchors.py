@@ -19,17 +19,22 @@ def random_data(rng, number=40):
     return measure(content([(100, 150, boxes)]))
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_against_all_anchors(offset):
-    """Detectron2's anchors on the whole grid, each compared with each object."""
-    cfg = tiny_cfg("INPUT.MIN_SIZE_TEST", 128, "MODEL.ANCHOR_GENERATOR.OFFSET", offset)
-    data = random_data(np.random.default_rng(0))
+def assert_overlaps_of_all_anchors(cfg, data):
+    """For images of 100x150, resized to 128x192."""
     strides = [4, 8, 16, 32, 64]
     generator = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
     maps = [torch.zeros(1, 1, 128 // s, 192 // s) for s in strides]
     boxes = Boxes(torch.from_numpy(data.boxes * 1.28).float())
     expected = pairwise_iou(Boxes.cat(generator(maps)), boxes).max(dim=0).values
     torch.testing.assert_close(torch.from_numpy(anchor_overlaps(cfg, data)).float(), expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_against_all_anchors(offset):
+    """Detectron2's anchors on the whole grid, each compared with each object."""
+    cfg = tiny_cfg("INPUT.MIN_SIZE_TEST", 128, "MODEL.ANCHOR_GENERATOR.OFFSET", offset)
+    data = random_data(np.random.default_rng(0))
+    assert_overlaps_of_all_anchors(cfg, data)
 
 
 def test_recall_by_size():
@@ -51,16 +56,10 @@ def test_other_anchors():
 
 
 def test_objects_at_the_border():
-    """Narrow objects at the right and the lower border, where the nearest one is outside."""
-
+    """Narrow objects at the right and the lower border, where the nearest anchor is outside."""
     narrow = [(150 - w, 20, w, 4 * w) for w in (5, 8, 11)] + [
         (20, 100 - h, 4 * h, h) for h in (5, 8, 11)
     ]
     data = measure(content([(100, 150, narrow)]))
     cfg = tiny_cfg("INPUT.MIN_SIZE_TEST", 128)  # OFFSET is 0
-    strides = [4, 8, 16, 32, 64]
-    generator = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
-    maps = [torch.zeros(1, 1, 128 // s, 192 // s) for s in strides]
-    boxes = Boxes(torch.from_numpy(data.boxes * 1.28).float())
-    expected = pairwise_iou(Boxes.cat(generator(maps)), boxes).max(dim=0).values
-    torch.testing.assert_close(torch.from_numpy(anchor_overlaps(cfg, data)).float(), expected)
+    assert_overlaps_of_all_anchors(cfg, data)
