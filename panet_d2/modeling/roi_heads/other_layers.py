@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, Dict, List, Mapping, MutableMapping
+from typing import Any, Dict, Mapping, MutableMapping
 
 logger = logging.getLogger("panet_d2")
 
 _ADAPTATION = re.compile(r"(.*(?:box|mask|keypoint))_pooler\.adaptation_layers\.weight")
 
 
-def drop_other_layers(checkpoint: MutableMapping[str, Any], model: Mapping[str, Any]) -> List[str]:
+def drop_other_layers(checkpoint: MutableMapping[str, Any], model: Mapping[str, Any]) -> None:
     """
     Remove heads from a checkpoint whose adaptation layers are of another kind than the model's, or
     that only one of them has. The adaptation layer replaces the head's first layer. Therefore
@@ -21,19 +21,15 @@ def drop_other_layers(checkpoint: MutableMapping[str, Any], model: Mapping[str, 
     Args:
         checkpoint (dict[str, Tensor]): weights by name, changed in place.
         model (dict[str, Tensor]): the model's state dict.
-
-    Returns:
-        list[str]: the names that were removed.
     """
     theirs, ours = _adaptations(checkpoint), _adaptations(model)
-    heads, dropped = [], []
+    heads = []
     for branch in sorted(theirs.keys() | ours.keys()):
         layers = [name for name in checkpoint if name.startswith(f"{branch}_head.")]
         if layers and theirs.get(branch) != ours.get(branch):
             heads.append(f"{branch}_head")
-            dropped += layers
-    for name in dropped:
-        del checkpoint[name]
+            for name in layers:
+                del checkpoint[name]
     if heads:
         logger.warning(
             "%s: the layers of the checkpoint are other layers of this model, because their "
@@ -41,7 +37,6 @@ def drop_other_layers(checkpoint: MutableMapping[str, Any], model: Mapping[str, 
             "mask-rcnn makes a start for PANet from a Mask R-CNN.",
             ", ".join(heads),
         )
-    return dropped
 
 
 def _adaptations(weights: Mapping[str, Any]) -> Dict[str, int]:
