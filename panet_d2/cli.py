@@ -56,7 +56,8 @@ def run(
                 raise
         if os.environ.get("PANET_D2_DEBUG") == "1":
             raise
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        # In one write, because several processes may have one stderr.
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,14 @@ def test_what_the_user_can_fix_is_one_sentence(error, capsys):
 def test_one_line_whatever_the_message(capsys):
     assert cli.run(raising(PanetError("a\n  b"))) == 1
     assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_written_at_once(monkeypatch):
+    """Messages of several processes that fail at the same time do not mix."""
+    written = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append))
+    assert cli.run(raising(PanetError("a b"))) == 1
+    assert written == ["error: a b\n"]
 
 
 def test_text_that_the_terminal_cannot_show(monkeypatch):

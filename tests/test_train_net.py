@@ -39,7 +39,11 @@ def folder(tmp_path_factory):
 
 
 def train_net(folder, *args):
-    command = [sys.executable, "train_net.py", "--config-file", str(folder / "config.yaml"), *args]
+    config_file = str(folder / "config.yaml")
+    return start(sys.executable, "train_net.py", "--config-file", config_file, *args)
+
+
+def start(*command):
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -135,51 +139,74 @@ def test_resumes_where_it_stopped(folder):
     assert resumed["model"].keys() == whole["model"].keys()
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["OUTPUT_DIR", "{run}"], "holds another run.*--resume"),
-        (["OUTPUT_DIR", "{run}/metrics.json"], "OUTPUT_DIR is .*metrics.json"),
-        (["OUTPUT_DIR", "{run}/metrics.json/new"], "OUTPUT_DIR is .*metrics.json/new"),
-        (["INPUT.FORMAT", "L", "OUTPUT_DIR", "{new}"], "INPUT.FORMAT is 'L', which has 1 channel"),
-        (["--eval-only", "OUTPUT_DIR", "{new}"], "MODEL.WEIGHTS is empty"),
-        (["--eval-only", "DATASETS.TEST", "()", "OUTPUT_DIR", "{new}"], "DATASETS.TEST is empty"),
-        (
-            [
-                *("DATASETS.TRAIN", "('coco_2017_train',)", "OUTPUT_DIR", "{new}"),
-                *("DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "80"),
-            ],
-            "'coco_2017_train': .*instances_train2017.json does not exist",
-        ),
-        (
-            ["--eval-only", "MODEL.WEIGHTS", "{run}/metrics.json", "OUTPUT_DIR", "{new}"],
-            "metrics.json is not a checkpoint",
-        ),
-        (
-            [
-                *("--eval-only", "MODEL.WEIGHTS", "{run}/model_final.pth", "OUTPUT_DIR", "{new}"),
-                *("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", "False"),
-            ],
-            "not in the model: roi_heads.mask_head.fc_fusion",
-        ),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", "5", "OUTPUT_DIR", "{new}"], "is 5.*has 3 classes"),
-        (["MODEL.ROI_BOX_HEAD.AFP.FUSION", "or", "OUTPUT_DIR", "{new}"], "AFP.FUSION is 'or'"),
-        (
-            [
-                *("TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"),
-                *("MODEL.RETINANET.NUM_CLASSES", "3", "OUTPUT_DIR", "{new}"),
-            ],
-            "TEST.AUG.ENABLED .*RetinaNet",
-        ),
-    ],
-)
-def test_mistakes_are_one_sentence(folder, args, message):
+MISTAKES = [
+    (["OUTPUT_DIR", "{run}"], "holds another run.*--resume"),
+    (["OUTPUT_DIR", "{run}/metrics.json"], "OUTPUT_DIR is .*metrics.json"),
+    (["OUTPUT_DIR", "{run}/metrics.json/new"], "OUTPUT_DIR is .*metrics.json/new"),
+    (["INPUT.FORMAT", "L", "OUTPUT_DIR", "{new}"], "INPUT.FORMAT is 'L', which has 1 channel"),
+    (["--eval-only", "OUTPUT_DIR", "{new}"], "MODEL.WEIGHTS is empty"),
+    (["--eval-only", "DATASETS.TEST", "()", "OUTPUT_DIR", "{new}"], "DATASETS.TEST is empty"),
+    (
+        [
+            *("DATASETS.TRAIN", "('coco_2017_train',)", "OUTPUT_DIR", "{new}"),
+            *("DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "80"),
+        ],
+        "'coco_2017_train': .*instances_train2017.json does not exist",
+    ),
+    (
+        ["--eval-only", "MODEL.WEIGHTS", "{run}/metrics.json", "OUTPUT_DIR", "{new}"],
+        "metrics.json is not a checkpoint",
+    ),
+    (
+        [
+            *("--eval-only", "MODEL.WEIGHTS", "{run}/model_final.pth", "OUTPUT_DIR", "{new}"),
+            *("MODEL.ROI_MASK_HEAD.FC_FUSION.ENABLED", "False"),
+        ],
+        "not in the model: roi_heads.mask_head.fc_fusion",
+    ),
+    (["MODEL.ROI_HEADS.NUM_CLASSES", "5", "OUTPUT_DIR", "{new}"], "is 5.*has 3 classes"),
+    (["MODEL.ROI_BOX_HEAD.AFP.FUSION", "or", "OUTPUT_DIR", "{new}"], "AFP.FUSION is 'or'"),
+    (
+        [
+            *("TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"),
+            *("MODEL.RETINANET.NUM_CLASSES", "3", "OUTPUT_DIR", "{new}"),
+        ],
+        "TEST.AUG.ENABLED .*RetinaNet",
+    ),
+]
+
+# One process for all, because most of the time of a process is that of its imports.
+SEVERAL = """
+import io, json, sys
+from contextlib import redirect_stderr
+from panet_d2.engine.main import main
+
+for args in json.loads(sys.argv[1]):
+    with redirect_stderr(io.StringIO()) as stderr:
+        status = main(args)
+    print("ended", json.dumps([status, stderr.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends(folder):
+    """Status and stderr of train_net.py for each of the mistakes."""
     places = {"run": folder / "run", "new": folder / "new"}
-    done = train_net(folder, *(a.format(**places) for a in args))
-    assert done.returncode == 1
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: ") and re.search(message, error), error
-    assert "Traceback" not in done.stderr
+    config = ["--config-file", str(folder / "config.yaml")]
+    commands = [[*config, *(a.format(**places) for a in args)] for args, _ in MISTAKES]
+    done = start(sys.executable, "-c", SEVERAL, json.dumps(commands))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ended ")]
+    return [json.loads(line[len("ended ") :]) for line in lines]
+
+
+@pytest.mark.parametrize("index", range(len(MISTAKES)), ids=[message for _, message in MISTAKES])
+def test_mistakes_are_one_sentence(ends, index):
+    status, stderr = ends[index]
+    assert status == 1
+    error = stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(MISTAKES[index][1], error), error
+    assert "Traceback" not in stderr
 
 
 def test_nothing_of_another_run_is_lost(folder):

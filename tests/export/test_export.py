@@ -1,5 +1,6 @@
 import sys
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -111,8 +112,20 @@ def check(model: nn.Module, images: list, path: str, format: str) -> None:
     assert len(counts) == 2  # the count is not the example's
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("format", FORMATS)
+# What the other cases of the format have too.
+SLOW = {
+    *(("torchscript", name) for name in ("contiguous", "mask_rcnn", "no_masks")),
+    *(("onnx", name) for name in ("contiguous", "mask_rcnn", "four_conv")),
+}
+
+
+@pytest.mark.parametrize(
+    "format, name",
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
+        for case in product(FORMATS, MODELS)
+    ],
+)
 def test_finds_the_same(name, format, images, tmp_path):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
