@@ -375,6 +375,16 @@ def test_sentences_about_the_stones():
     assert f"median side of their image gain {sizes['smaller']:.1f}" in page
     assert f"more than twice the median side gain {sizes['larger']:.1f}" in page
     assert f"those between gain {sizes['similar']:.1f} (seed 3)" in page
+    gained, added = (
+        "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**found["differences"][rung])
+        for found, rung in (
+            (json.loads((folder / "seed3_comparison.json").read_text()), "bpa_afp"),
+            (json.loads((folder / "seed3_fusion.json").read_text()), "ideas"),
+        )
+    )
+    assert f"BPA and AFP gain {gained} mask AP, FF adds {added} (seed 3)" in page
+    readme = prose("experiments/results/granular/README.md")
+    assert f"BPA and AFP gain {gained} mask AP over Mask R-CNN, and FF adds {added}" in readme
     assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in prose(
         "experiments/results/granular/README.md"
     )
