@@ -72,14 +72,40 @@ def register_coco_file(name: str, json_file: str, image_root: str) -> dict:
     return content
 
 
-def _register(name: str, json_file: str, image_root: str, content: dict) -> None:
+def _sorted_categories(content: dict, json_file: str) -> Tuple[List[dict], dict]:
+    """Return the categories by id, and the names of their classes."""
     try:
         categories = sorted(content["categories"], key=lambda c: c["id"])
-        classes = {c["id"]: c["name"] for c in categories}
+        return categories, {c["id"]: c["name"] for c in categories}
     except (KeyError, TypeError):
         categories = content["categories"]
         raise_errors(check_annotations({"images": [], "categories": categories}), json_file)
         raise
+
+
+def _class_metadata(classes: dict) -> dict:
+    return {
+        "thing_classes": list(classes.values()),
+        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(classes)},
+    }
+
+
+def _name_classes(name: str) -> None:
+    """
+    Name the classes of a dataset of ``register_coco_instances``, as Detectron2 does only when it
+    loads the data. Before, nothing can compare their number with the config.
+    """
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    of_detectron2 = str(getattr(DatasetCatalog[name], "__module__", "")).startswith("detectron2.")
+    if not of_detectron2 or metadata.get("evaluator_type") != "coco":
+        return
+    if metadata.get("thing_classes") is None and json_file and PathManager.isfile(json_file):
+        metadata.set(**_class_metadata(_sorted_categories(read_coco(json_file), json_file)[1]))
+
+
+def _register(name: str, json_file: str, image_root: str, content: dict) -> None:
+    categories, classes = _sorted_categories(content, json_file)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -97,8 +123,7 @@ def _register(name: str, json_file: str, image_root: str, content: dict) -> None
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco_rotated" if oriented else "coco",
-        thing_classes=list(classes.values()),
-        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(classes)},
+        **_class_metadata(classes),
         **_keypoint_metadata(categories),
     )
 
@@ -261,6 +286,7 @@ def setup_datasets(cfg: CfgNode, needed: Sequence[str] = ("TRAIN", "TEST")) -> N
             if keep:
                 keep_images(name, files[name].content["images"])
             continue
+        _name_classes(name)
         if split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
             _check_shapely(cfg, repr(name))
     _check_num_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))

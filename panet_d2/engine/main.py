@@ -64,6 +64,12 @@ def _setup(args: argparse.Namespace) -> CfgNode:
             "set OUTPUT_DIR to another folder."
         )
     changes = changed_keys(cfg) if args.resume and not args.eval_only else {}
+    _, old_weights = changes.pop("MODEL.WEIGHTS", (None, None))
+    last = latest_checkpoint(cfg.OUTPUT_DIR)
+    if old_weights is not None and last:
+        logger.warning(
+            f"This run continues from {last}; MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} is not used."
+        )
     if changes:
         text = ", ".join(f"{key} {value!r} (was {old!r})" for key, (value, old) in changes.items())
         logger.warning(f"This run continues with other config values than it had so far: {text}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
@@ -32,7 +33,7 @@ from ..config import read_choice
 from ..data import NamedImageMapper
 from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
-from ..errors import TrainingDiverged
+from ..errors import CheckpointError, TrainingDiverged
 from ..evaluation import build_evaluator
 from ..modeling import RCNNWithTTA, check_test_aug
 from ..modeling.check_model import forget_unread_keys
@@ -154,6 +155,13 @@ class Trainer(TrainingLoop):
         """
         if not self.start_iter and comm.is_main_process():
             check_training_images(self.cfg)
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "The run in OUTPUT_DIR %s has all %d steps of SOLVER.MAX_ITER, so there is nothing "
+                "to train; for more steps, set a larger SOLVER.MAX_ITER.",
+                self.cfg.OUTPUT_DIR,
+                self.max_iter,
+            )
         final = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
         if self.start_iter >= self.max_iter and not os.path.isfile(final):
             # The run was killed between the last step's checkpoint and the final one.
@@ -292,13 +300,33 @@ class Trainer(TrainingLoop):
         Load the state of a run, but keep the config's learning rate, weight decay and so on.
 
         Raises:
-            CheckpointError: if the state belongs to another optimizer.
+            CheckpointError: if the state belongs to another optimizer, or has more steps than
+                ``SOLVER.MAX_ITER``.
         """
+        steps = state_dict["iteration"] + 1
+        if steps > self.max_iter:
+            raise CheckpointError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR} already has {steps} steps; it must be at least {steps}."
+            )
         optimizer, saved = self.loop.optimizer, state_dict["_trainer"]["optimizer"]
         check_groups(saved["param_groups"], optimizer.param_groups)
         configured = settings(optimizer)
         super().load_state_dict(state_dict)
         apply_settings(optimizer, configured, self.scheduler)
+
+    def _loader_from(self, step: int) -> Iterable[List[Dict[str, Any]]]:
+        """A training loader that goes on from this step, if a subclass's loader can."""
+        try:
+            inspect.signature(self.build_train_loader).bind(self.cfg, step)
+        except TypeError:
+            logger.warning(
+                "%s.build_train_loader has no argument for the first step, so the run continues "
+                "with other images than if it had not been stopped.",
+                type(self).__name__,
+            )
+            return self.build_train_loader(self.cfg)
+        return self.build_train_loader(self.cfg, step)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -325,7 +353,7 @@ class Trainer(TrainingLoop):
         super().resume_or_load(resume)
         if self.start_iter:
             self.loop.reset_data_loader(
-                lambda: _remember(self.build_train_loader(self.cfg, self.start_iter), self._batch)
+                lambda: _remember(self._loader_from(self.start_iter), self._batch)
             )
         else:
             _warn_of_frozen(model)

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
@@ -319,6 +320,26 @@ def test_files_of_registered_datasets(data, tmp_path):
         for name in ("by_hand", "lost_by_hand", "own_records"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("number, message", [(2, "is 2, but .* has 3 classes"), (3, ""), (0, "")])
+def test_classes_of_a_dataset_that_detectron2_has_not_read(data, number, message):
+    """Of `register_coco_instances`, which names the classes when it loads the data."""
+    setup_datasets(config())
+    metadata = MetadataCatalog.get("squares_train")
+    register_coco_instances("by_hand", {}, metadata.json_file, metadata.image_root)
+    cfg = config("DATASETS.TRAIN", ("by_hand",), "DATASETS.TEST", ())
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = number
+    try:
+        with pytest.raises(ConfigError, match=message) if message else nullcontext():
+            setup_datasets(cfg)
+            assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+            names = [name for _, name in cfg.DATASETS.CATEGORIES]
+            assert names == ["class0", "class1", "class2"]
+            assert len(DatasetCatalog.get("by_hand")) > 0  # Detectron2 finds the same names
+    finally:
+        DatasetCatalog.remove("by_hand")
+        MetadataCatalog.remove("by_hand")
 
 
 def test_panoptic_files_are_needed_to_evaluate_only(monkeypatch):

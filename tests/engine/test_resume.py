@@ -1,5 +1,7 @@
 import json
 import logging
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +71,41 @@ def test_changed_values_are_in_the_log(config_file, tmp_path, caplog):
     assert "SOLVER.BASE_LR 0.5 (was 0.001)" in caplog.text and "SEED 3 (was -1)" in caplog.text
     assert changed_keys(cfg) == {}  # config.yaml says what the run does now
     assert changed_keys(setup_config(config_file, ["OUTPUT_DIR", str(tmp_path / "new")])) == {}
+
+
+def test_weights_that_are_not_used(config_file, caplog):
+    from detectron2.engine import default_argument_parser
+
+    parse = default_argument_parser().parse_args
+    trained(config_file)
+    (Path(setup_config(config_file, []).OUTPUT_DIR) / "config.yaml").write_text(
+        setup_config(config_file, []).dump()
+    )
+    logging.getLogger("panet_d2").propagate = True
+    setup(parse(["--config-file", config_file, "--resume", "MODEL.WEIGHTS", "other.pth"]))
+    assert "continues from" in caplog.text and "'other.pth' is not used" in caplog.text
+    assert "other config values" not in caplog.text
+
+
+def test_nothing_to_train(config_file, caplog):
+    trained(config_file, "SOLVER.MAX_ITER", "2").train()
+    assert "has all 2 steps of SOLVER.MAX_ITER, so there is nothing to train" in caplog.text
+
+
+def test_more_steps_than_the_config_has(config_file):
+    with pytest.raises(CheckpointError, match="MAX_ITER is 1, but .* already has 2 steps"):
+        trained(config_file, "SOLVER.MAX_ITER", "1")
+
+
+def test_a_subclass_with_the_loader_of_detectron2s_tutorials(config_file, caplog, monkeypatch):
+    class Stock(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return super().build_train_loader(cfg)
+
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Stock)
+    trained(config_file).train()
+    assert "Stock.build_train_loader has no argument for the first step" in caplog.text
 
 
 @pytest.mark.parametrize("resume", [True, False])
