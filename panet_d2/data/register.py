@@ -90,6 +90,10 @@ def _class_metadata(classes: dict) -> dict:
     }
 
 
+def _read_by_detectron2(name: str) -> bool:
+    return str(getattr(DatasetCatalog[name], "__module__", "")).startswith("detectron2.")
+
+
 def _name_classes(name: str) -> None:
     """
     Name the classes of a dataset of ``register_coco_instances``, as Detectron2 does only when it
@@ -97,8 +101,7 @@ def _name_classes(name: str) -> None:
     """
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
-    of_detectron2 = str(getattr(DatasetCatalog[name], "__module__", "")).startswith("detectron2.")
-    if not of_detectron2 or metadata.get("evaluator_type") != "coco":
+    if not _read_by_detectron2(name) or metadata.get("evaluator_type") != "coco":
         return
     if metadata.get("thing_classes") is None and json_file and PathManager.isfile(json_file):
         metadata.set(**_class_metadata(_sorted_categories(read_coco(json_file), json_file)[1]))
@@ -169,7 +172,7 @@ def check_dataset_files(name: str, evaluated: bool = True) -> None:
     Raises:
         DataError: if a path does not exist.
     """
-    if not str(getattr(DatasetCatalog[name], "__module__", "")).startswith("detectron2."):
+    if not _read_by_detectron2(name):
         return  # a user's own, which may have other paths in its metadata
     metadata = MetadataCatalog.get(name)
     for key in _PATHS:

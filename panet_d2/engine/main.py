@@ -58,15 +58,14 @@ def _setup(args: argparse.Namespace) -> CfgNode:
     _check_output_folder(cfg.OUTPUT_DIR)
     Trainer.check_test_aug(cfg)
     check_evaluators(cfg)
-    if not (args.eval_only or args.resume) and latest_checkpoint(cfg.OUTPUT_DIR):
+    last = None if args.eval_only else latest_checkpoint(cfg.OUTPUT_DIR)
+    if last and not args.resume:
         raise CheckpointError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run; continue that run with --resume, or "
             "set OUTPUT_DIR to another folder."
         )
     changes = changed_keys(cfg) if args.resume and not args.eval_only else {}
-    _, old_weights = changes.pop("MODEL.WEIGHTS", (None, None))
-    last = latest_checkpoint(cfg.OUTPUT_DIR)
-    if old_weights is not None and last:
+    if last and changes.pop("MODEL.WEIGHTS", None):
         logger.warning(
             f"This run continues from {last}; MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} is not used."
         )

@@ -162,10 +162,9 @@ class Trainer(TrainingLoop):
                 self.cfg.OUTPUT_DIR,
                 self.max_iter,
             )
-        final = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
-        if self.start_iter >= self.max_iter and not os.path.isfile(final):
-            # The run was killed between the last step's checkpoint and the final one.
-            self.checkpointer.save("model_final", iteration=self.start_iter - 1)
+            if not os.path.isfile(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")):
+                # The run was killed between the last step's checkpoint and the final one.
+                self.checkpointer.save("model_final", iteration=self.start_iter - 1)
         return super().train()
 
     def run_step(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from detectron2.engine import default_argument_parser
 from detectron2.engine.train_loop import AMPTrainer
 
 from panet_d2.engine import Trainer, setup_config
@@ -58,8 +59,6 @@ def test_state_of_another_optimizer_is_rejected(config_file, opts, message):
 
 
 def test_changed_values_are_in_the_log(config_file, tmp_path, caplog):
-    from detectron2.engine import default_argument_parser
-
     parse = default_argument_parser().parse_args
     setup(parse(["--config-file", config_file]))
     args = ["--config-file", config_file, "--resume", "SOLVER.BASE_LR", "0.5", "SEED", "3"]
@@ -74,13 +73,10 @@ def test_changed_values_are_in_the_log(config_file, tmp_path, caplog):
 
 
 def test_weights_that_are_not_used(config_file, caplog):
-    from detectron2.engine import default_argument_parser
-
     parse = default_argument_parser().parse_args
     trained(config_file)
-    (Path(setup_config(config_file, []).OUTPUT_DIR) / "config.yaml").write_text(
-        setup_config(config_file, []).dump()
-    )
+    cfg = setup_config(config_file, [])
+    (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
     logging.getLogger("panet_d2").propagate = True
     setup(parse(["--config-file", config_file, "--resume", "MODEL.WEIGHTS", "other.pth"]))
     assert "continues from" in caplog.text and "'other.pth' is not used" in caplog.text

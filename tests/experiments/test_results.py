@@ -363,7 +363,10 @@ def test_sentences_about_the_stones():
     """The ranges and differences outside the tables."""
     folder = RESULTS / "granular"
     gains = gains_of_the_stones()
-    models = json.loads((folder / "seed3_comparison.json").read_text())["models"]
+    seed3, fusion = (
+        json.loads((folder / f"seed3_{name}.json").read_text()) for name in ("comparison", "fusion")
+    )
+    models = seed3["models"]
     sizes = {
         s: models["ideas"][f"AP {s}"] - models["baseline"][f"AP {s}"]
         for s in ("smaller", "similar", "larger")
@@ -376,11 +379,8 @@ def test_sentences_about_the_stones():
     assert f"more than twice the median side gain {sizes['larger']:.1f}" in page
     assert f"those between gain {sizes['similar']:.1f} (seed 3)" in page
     gained, added = (
-        "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**found["differences"][rung])
-        for found, rung in (
-            (json.loads((folder / "seed3_comparison.json").read_text()), "bpa_afp"),
-            (json.loads((folder / "seed3_fusion.json").read_text()), "ideas"),
-        )
+        "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**difference)
+        for difference in (seed3["differences"]["bpa_afp"], fusion["differences"]["ideas"])
     )
     assert f"BPA and AFP gain {gained} mask AP, FF adds {added} (seed 3)" in page
     readme = prose("experiments/results/granular/README.md")
