@@ -20,6 +20,9 @@ _MISSING = {
     "pip install 'setuptools<81'.",
 }
 
+# In torch's messages.
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED")
+
 
 def run(
     main: Callable[..., Optional[int]],
@@ -29,9 +32,9 @@ def run(
     """
     Run a command-line tool.
 
-    An error that the user can fix, such as a missing optional package, becomes one sentence on
-    stderr. With the environment variable ``PANET_D2_DEBUG=1``, and for all other errors, Python
-    prints the traceback.
+    An error that the user can fix, such as a missing optional package or too little memory, becomes
+    one sentence on stderr. With the environment variable ``PANET_D2_DEBUG=1``, and for all other
+    errors, Python prints the traceback.
 
     Args:
         main (callable): the tool. It returns an exit status, or None for 0.
@@ -45,16 +48,11 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handled: Tuple[Type[Exception], ...] = (*errors, ModuleNotFoundError)
     try:
         return main(*args) or 0
-    except handled as e:
-        message = str(e)
-        if isinstance(e, ModuleNotFoundError):
-            message = _MISSING.get(e.name or "", "")
-            if not message:
-                raise
-        if os.environ.get("PANET_D2_DEBUG") == "1":
+    except Exception as e:
+        message = str(e) if isinstance(e, errors) else _sentence(e)
+        if not message or os.environ.get("PANET_D2_DEBUG") == "1":
             raise
         # In one write, because several processes may have one stderr.
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
@@ -62,3 +60,27 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _sentence(error: Exception) -> str:
+    """Return what to do about an error that is not this package's, or "" if it is not known."""
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return _MISSING.get(error.name or "", "")
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return (
+            f"{text.partition('.')[0]}, probably for lack of memory: lower DATALOADER.NUM_WORKERS, "
+            "or give a container more shared memory (docker run --shm-size=8g)."
+        )
+    out_of_memory = isinstance(error, MemoryError) or (
+        # torch has a type of error for CUDA only.
+        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+    )
+    if not out_of_memory:
+        return ""
+    reason = text.strip().split("\n")[0].partition(". GPU ")[0][:200]
+    return (
+        f"out of memory ({reason or type(error).__name__}): for training, lower "
+        "SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED "
+        "True on CUDA; for inference, lower INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST."
+    )

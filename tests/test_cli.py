@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 import panet_d2
 from panet_d2 import ConfigError, PanetError, cli
@@ -86,6 +90,45 @@ def test_a_run_of_users_code_keeps_tracebacks_of_oserrors(capsys):
     with pytest.raises(OSError):
         cli.run(raising(OSError("x")), errors=(PanetError,))
     assert cli.run(raising(ConfigError("x")), errors=(PanetError,)) == 1
+
+
+OUT_OF_MEMORY = [
+    MemoryError("Unable to allocate 9.00 GiB for an array"),
+    MemoryError(),
+    RuntimeError("CUDA error: out of memory\nCompile with …"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_too_little_memory(error, capsys):
+    assert cli.run(raising(error), errors=(PanetError,)) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory (") and message.count("\n") == 1
+    assert "SOLVER.IMS_PER_BATCH" in message and "INPUT.MIN_SIZE_TEST" in message
+    assert "Compile" not in message and "GPU 0" not in message
+
+
+def test_too_much_memory_for_torch(capsys):
+    """Torch's own error, which a later release may word otherwise."""
+    assert cli.run(lambda: torch.empty(2**60, dtype=torch.uint8)) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory (")
+
+
+class Killed(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)  # as Linux does when memory ends
+
+
+def test_killed_worker(capsys):
+    assert cli.run(lambda: next(iter(DataLoader(Killed(), num_workers=1)))) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: DataLoader worker") and "DATALOADER.NUM_WORKERS" in message
 
 
 def test_ctrl_c(capsys):

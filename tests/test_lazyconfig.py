@@ -208,6 +208,10 @@ def test_continues_in_mixed_precision():
             ["--eval-only", "--resume", "model.roi_heads.mask_head.fc_fusion=False"],
             "not in the model: roi_heads.mask_head.fc_fusion",
         ),
+        (
+            ["train.output_dir={new}", "model.roi_heads.num_classes=4"],
+            "model.roi_heads.num_classes is 4, but dataset 'lazy_squares' has 3 classes; .* be 3",
+        ),
         (["--resume", "train.max_iter"], "train.max_iter: "),
         (["--resume", "train.max_iter.x=1"], "train.max_iter is not a config"),
         pytest.param(

@@ -30,6 +30,7 @@ from torch import nn
 from panet_d2 import cli
 from panet_d2.checkpoint import RunCheckpointer, StrictCheckpointer
 from panet_d2.data import check_dataset_files
+from panet_d2.data.register import check_num_classes
 from panet_d2.engine import latest_checkpoint, launch, load_strict
 from panet_d2.engine.resume import ResumableAMPTrainer
 from panet_d2.errors import CheckpointError, ConfigError, PanetError
@@ -52,11 +53,17 @@ def setup(args: argparse.Namespace) -> DictConfig:
             f"train.output_dir {cfg.train.output_dir} holds another run; continue it with "
             "--resume, or name another folder."
         )
+    used = []
     for split in ("test",) if args.eval_only else ("train", "test"):
         names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
         for name in [names] if isinstance(names, str) else names or ():
+            used.append(name)
             if name in DatasetCatalog:
                 check_dataset_files(name, split == "test")
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):  # the latter is RetinaNet's
+        number = OmegaConf.select(cfg, key)
+        if number is not None:
+            check_num_classes(key, number, used)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="panet_d2")
     # Detectron2's common config always names "cuda".

@@ -20,14 +20,17 @@ from .check_masks import (
 from .problem import LARGEST_COORDINATE, Problem, is_coordinate, is_number, shown, warning
 
 # Raise this number when check_annotations finds other problems in the same file.
-VERSION = 4
+VERSION = 5
 
 # More objects in one image are likely to exceed a limit of some tool.
 _MANY = 1000
+# COCO has 1 % of crowds. Some tools call each mask in RLE a crowd.
+_MANY_CROWDS = 0.1
 # bool and subclasses take the exact check.
 _IDS = {int, str}
 BOX_DIFFERS = "box differs from its mask"
 BOX_EMPTY, BOX_OUTSIDE = "box of no area", "box is outside the image"
+REPEATED = "same object as another annotation"
 # Found only with the number of keypoints, which the config has.
 NEEDS_CONFIG = ("has no keypoints", "not as many keypoints as others")
 # COCO's evaluation ignores objects whose area is not between 0 and this one.
@@ -76,7 +79,7 @@ def check_annotations(
     problems += found + _image_problems(images, annotations, sizes)
     problems += summary_problems(content, evaluated, trained)
     _, found = _ids("annotation", annotations)
-    problems += found
+    problems += found + _repeated(annotations)
 
     has_masks = any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
     if masks and annotations and not has_masks:
@@ -123,14 +126,21 @@ def summary_problems(content: dict, evaluated: bool, trained: Optional[bool]) ->
     problems: List[Problem] = []
     names: Counter = Counter()
     objects: Counter = Counter()  # by category
+    crowds: Counter = Counter()
     for a in content.get("annotations", ()):
-        if isinstance(a, dict) and not a.get("iscrowd") and not a.get("ignore"):
-            objects[a["category_id"] if _is_id(a.get("category_id")) else None] += 1
+        if isinstance(a, dict) and not a.get("ignore"):
+            counter = crowds if a.get("iscrowd") else objects
+            counter[a["category_id"] if _is_id(a.get("category_id")) else None] += 1
+    only_crowds = "all have iscrowd 1" if crowds else ""
     if evaluated and "annotations" in content and not objects:
-        detail = "without objects, all AP will be nan"
+        detail = f"{only_crowds or 'without objects'}, all AP will be nan"
         problems.append(warning("annotations", "there are none to evaluate on", detail))
     if trained and not objects:
-        problems.append(Problem("annotations", "there are none to train on"))
+        problems.append(Problem("annotations", "there are none to train on", only_crowds))
+    number, total = sum(crowds.values()), sum((crowds + objects).values())
+    if objects and number > _MANY_CROWDS * total:
+        detail = f"{number} of {total} have iscrowd 1; training and AP leave them out"
+        problems.append(warning("annotations", "many are crowds", detail))
     for category in content["categories"]:
         if not isinstance(category, dict):
             continue
@@ -142,7 +152,8 @@ def summary_problems(content: dict, evaluated: bool, trained: Optional[bool]) ->
                 problems.append(warning(where, "another category has the same name", detail))
         if trained is not False and objects and _is_id(category.get("id")):
             if not objects[category["id"]]:
-                problems.append(warning(where, "has no annotations"))
+                detail = "all have iscrowd 1" if crowds[category["id"]] else ""
+                problems.append(warning(where, "has no annotations", detail))
     return problems
 
 
@@ -221,6 +232,25 @@ def _ids(kind: str, records: list) -> Tuple[set, List[Problem]]:
         where = f"{kind} {next(id_ for id_ in seen if isinstance(id_, str))}"
         problems.append(Problem(where, "ids are partly numbers, partly text", "they are sorted"))
     return seen, problems
+
+
+def _repeated(annotations: list) -> List[Problem]:
+    """Find annotations that are equal to an earlier one, up to their id."""
+    first: Dict[int, dict] = {}  # by hash: the tuples of all objects would take much memory
+    problems = []
+    for a in annotations:
+        if not isinstance(a, dict) or not isinstance(a.get("bbox"), list) or a.get("iscrowd"):
+            continue
+        try:
+            key = hash((a.get("image_id"), a.get("category_id"), *a["bbox"]))
+        except TypeError:
+            continue  # not numbers, which is another problem
+        other = first.setdefault(key, a)
+        keys = ("image_id", "category_id", "bbox", "segmentation")
+        if other is not a and all(a.get(k) == other.get(k) for k in keys):
+            detail = f"annotation {other.get('id', '?')}; both are used"
+            problems.append(warning(record_name("annotation", a), REPEATED, detail))
+    return problems
 
 
 def _is_fine(
@@ -362,7 +392,8 @@ def _annotation_problems(
             detail = "COCO's evaluation needs it" if crowd else "others have one"
             yield Problem(where, "has no mask", detail)
         return
-    found = list(mask_problems(where, segmentation, size, visible, masks and evaluated))
+    area = annotation.get("area")
+    found = list(mask_problems(where, segmentation, size, visible, masks and evaluated, area))
     yield from found
     if has_area and size and not any(p.severity == "error" for p in found):
         difference = boxes.compare(box, mask_extent(segmentation), size)

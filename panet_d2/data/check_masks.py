@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import permutations
 from operator import mul
-from typing import Any, Iterator, Optional, Tuple, Union
+from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from detectron2.structures.masks import polygon_area, polygons_to_bitmask
+from matplotlib.path import Path
 from pycocotools import mask as mask_util
 
 from .check_boxes import Corners
-from .problem import Problem, is_coordinate, warning
+from .problem import Problem, is_coordinate, is_number, warning
 
 # Annotations are often a rounding error larger than the image.
 TOLERANCE = 1.0
@@ -20,6 +22,9 @@ TOLERANCE = 1.0
 NUMBERS = {int, float}
 # Below this, an area can be a rounding error of points on one line.
 _SMALLEST_AREA = 1e-6
+HOLE = "polygon inside another of its mask"
+# More are checked with NumPy.
+_FEW_POLYGONS = 10
 # Characters P to o continue a number, 0 to O end a number. pycocotools reads past the end of a text
 # whose last number does not end.
 _COMPRESSED_RLE = re.compile("[0-o]*[0-O]")
@@ -33,6 +38,7 @@ def fine_polygons_extent(polygons: list, size: Tuple[int, int]) -> Optional[Corn
     height, width = size
     left, top, right, bottom = width + 1, height + 1, 0, 0
     count, area = 0, 0.0
+    extents = []
     for polygon in polygons:
         if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
             return None
@@ -45,14 +51,36 @@ def fine_polygons_extent(polygons: list, size: Tuple[int, int]) -> Optional[Corn
             return None
         if not (-TOLERANCE <= y0 < height and 0 < y1 <= height + TOLERANCE):
             return None
+        extents.append((x0, y0, x1, y1))
         left, top = min(left, x0), min(top, y0)
         right, bottom = max(right, x1), max(bottom, y1)
         count += len(x)
         area += abs(sum(map(mul, x, y[-1:] + y[:-1])) - sum(map(mul, y, x[-1:] + x[:-1]))) / 2
     # A smaller area could be a rounding error, here or in polygon_area. NaN is not larger either.
     rounding = 4 * sys.float_info.epsilon * count**2 * (height + 2) * (width + 2)
-    fine = area > _SMALLEST_AREA + rounding
-    return (left, top, right, bottom) if fine else None
+    fine = area > _SMALLEST_AREA + rounding and len(extents) <= _FEW_POLYGONS
+    if not fine or any(_encloses(a, b) for a, b in permutations(extents, 2)):
+        return None
+    return left, top, right, bottom
+
+
+def _encloses(outer: Corners, inner: Corners) -> bool:
+    low = outer[0] < inner[0] and outer[1] < inner[1]
+    return low and outer[2] > inner[2] and outer[3] > inner[3]
+
+
+def _has_hole(polygons: List[np.ndarray], area: Any) -> bool:
+    """Whether a polygon lies inside another and is not counted in the area as one more part."""
+    parts = sum(polygon_area(*p.T) for p in polygons)
+    if is_number(area) and abs(area - parts) <= 0.01 * parts:
+        return False
+    low = np.array([p.min(axis=0) for p in polygons])
+    high = np.array([p.max(axis=0) for p in polygons])
+    enclosed = ((low[:, None] < low) & (high[:, None] > high)).all(axis=2)
+    return any(
+        Path(polygons[outer]).contains_points(polygons[inner]).all()
+        for outer, inner in zip(*np.nonzero(enclosed))
+    )
 
 
 def fine_rle_extent(rle: dict, size: Tuple[int, int]) -> Optional[Corners]:
@@ -63,7 +91,12 @@ def fine_rle_extent(rle: dict, size: Tuple[int, int]) -> Optional[Corners]:
 
 
 def mask_problems(
-    where: str, mask: Any, size: Optional[Tuple[int, int]], visible: bool, evaluated: bool
+    where: str,
+    mask: Any,
+    size: Optional[Tuple[int, int]],
+    visible: bool,
+    evaluated: bool,
+    area: Any = None,
 ) -> Iterator[Problem]:
     """
     Find all problems of a mask.
@@ -74,12 +107,13 @@ def mask_problems(
         size (tuple[int, int] or None): height and width of the image, if it has a size.
         visible (bool): whether the box says that there is something to see.
         evaluated (bool): whether COCO's evaluation will read the mask.
+        area: the annotation's "area".
     """
     if isinstance(mask, dict):
         if size:
             yield from _rle_problems(where, mask, size, visible)
     elif isinstance(mask, list):
-        yield from _polygon_problems(where, mask, size, visible, evaluated)
+        yield from _polygon_problems(where, mask, size, visible, evaluated, area)
     else:
         yield Problem(where, "mask is neither polygons nor RLE")
 
@@ -142,7 +176,12 @@ def _run_totals(counts: str) -> Tuple[int, int]:
 
 
 def _polygon_problems(
-    where: str, polygons: list, size: Optional[Tuple[int, int]], visible: bool, evaluated: bool
+    where: str,
+    polygons: list,
+    size: Optional[Tuple[int, int]],
+    visible: bool,
+    evaluated: bool,
+    area: Any,
 ) -> Iterator[Problem]:
     arrays = []
     if not all(isinstance(p, list) and all(map(is_coordinate, p)) for p in polygons):
@@ -160,6 +199,8 @@ def _polygon_problems(
             yield Problem(where, "polygon of fewer than three points", detail, severity)
         else:
             arrays.append(np.array(polygon).reshape(-1, 2))
+    if len(arrays) > 1 and _has_hole(arrays, area):
+        yield warning(where, HOLE, "filled; a mask with a hole must be in RLE")
     if not (arrays and size and visible):
         return
     points = np.concatenate(arrays)

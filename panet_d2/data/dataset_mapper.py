@@ -27,8 +27,8 @@ from .worker_signals import leave_sigterm_to_parent
 
 class NamedImageMapper(AnnotationHook):
     """
-    Detectron2's mapper, with errors that name the image. Errors in a user's own augmentation are
-    not changed. For workers of a data loader, see :func:`leave_sigterm_to_parent`.
+    Detectron2's mapper, with errors that name the image. Errors of an augmentation are not changed.
+    For workers of a data loader, see :func:`leave_sigterm_to_parent`.
     """
 
     @classmethod
@@ -63,10 +63,10 @@ class NamedImageMapper(AnnotationHook):
             dict: the input of Detectron2's models.
 
         Raises:
-            ConfigError: see
+            ConfigError: if shapely is missing; also see
                 :meth:`panet_d2.data.augmentation.ResizeShortestEdgePerBatch.get_transform`.
             DataError: if the image or its annotations cannot be used.
-            Exception: any error of an augmentation that is not Detectron2's.
+            Exception: any error of an augmentation, or of a transform that is not Detectron2's.
         """
         leave_sigterm_to_parent()
         try:
@@ -74,9 +74,16 @@ class NamedImageMapper(AnnotationHook):
             if mapped["image"].dtype == torch.float64:  # YUV-BT.601 is; models are not
                 mapped["image"] = mapped["image"].float()
             return mapped
+        except ModuleNotFoundError as e:
+            if e.name is None or not e.name.startswith("shapely"):
+                raise
+            raise ConfigError(
+                "polygon masks need the package shapely to be cropped; run pip install shapely, or "
+                "do not crop."
+            ) from e
         # Pillow raises almost any error for broken files, and Detectron2 for broken annotations.
         except Exception as e:
-            if _from_own_augmentation(e.__traceback__):
+            if _from_augmentation(e.__traceback__):
                 raise
             raise DataError(
                 f"cannot use image {dataset_dict['file_name']}: {type(e).__name__}: {e}"
@@ -103,15 +110,18 @@ class NamedImageMapper(AnnotationHook):
             super().transform_annotations(dataset_dict, transforms, image_shape)
 
 
-def _from_own_augmentation(traceback: Optional[TracebackType]) -> bool:
+def _from_augmentation(traceback: Optional[TracebackType]) -> bool:
     """
-    Whether an error was raised by an augmentation or transform that is not Detectron2's. An error
-    of Detectron2's means that the data cannot be used.
+    Whether an error was raised by a transform that is not Detectron2's, or by an augmentation that
+    makes a transform. An error of Detectron2's transforms means that the data cannot be used.
     """
     while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
+        frame = traceback.tb_frame
+        owner = frame.f_locals.get("self")
         if isinstance(owner, (Augmentation, Transform)):
             if type(owner).__module__.split(".")[0] not in ("detectron2", "fvcore"):
+                return True
+            if frame.f_code.co_name == "get_transform":
                 return True
         traceback = traceback.tb_next
     return False

@@ -32,11 +32,13 @@ from .check_annotations import (
     BOX_DIFFERS,
     BOX_EMPTY,
     BOX_OUTSIDE,
+    REPEATED,
     check_annotations,
     has_oriented_boxes,
     summary_problems,
 )
 from .check_cache import CheckedFile, FileState, file_state, is_known_clean, remember_clean
+from .check_masks import HOLE
 
 logger = logging.getLogger("panet_d2")
 
@@ -99,6 +101,8 @@ def _name_classes(name: str) -> None:
     Name the classes of a dataset of ``register_coco_instances``, as Detectron2 does only when it
     loads the data. Before, nothing can compare their number with the config.
     """
+    if name not in DatasetCatalog:
+        return
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if not _read_by_detectron2(name) or metadata.get("evaluator_type") != "coco":
@@ -316,7 +320,8 @@ def _check_dataset(
     raise_errors(check_sizes(cfg, content, trained, evaluated), json_file)
     if trained:
         if all(a.get("iscrowd", 0) for a in annotations):
-            raise DataError(f"{json_file} has no annotations to train on.")
+            crowds = "; all have iscrowd 1" if annotations else ""
+            raise DataError(f"{json_file} has no annotations to train on{crowds}.")
         _warn_of_flips(cfg, name)
 
 
@@ -348,7 +353,7 @@ def _check_once(
     # Not checked here: whether there are objects to train on, which known files need too.
     problems = check_annotations(file.content, masks, evaluated, keypoints, False)
     raise_errors(problems, metadata.json_file, metadata.image_root)
-    logged = (BOX_DIFFERS, BOX_EMPTY, BOX_OUTSIDE)
+    logged = (BOX_DIFFERS, BOX_EMPTY, BOX_OUTSIDE, REPEATED, HOLE)
     log_warnings([p for p in problems if p.what in logged], metadata.json_file)
     if checked and number >= _WORTH_REMEMBERING:
         remember_clean(checked)
@@ -455,20 +460,10 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
     if node_name is None:
         return
     node, key = cfg.MODEL[node_name], f"MODEL.{node_name}.NUM_CLASSES"
-    classes: Dict[str, Tuple[str, ...]] = {
-        name: tuple(MetadataCatalog.get(name).thing_classes)
-        for name in names
-        if hasattr(MetadataCatalog.get(name), "thing_classes")
-    }
-    for name, known in classes.items():
-        if node.NUM_CLASSES == 0:
-            node.NUM_CLASSES = len(known)
-        if node.NUM_CLASSES != len(known):
-            raise ConfigError(
-                f"{key} is {node.NUM_CLASSES}, but dataset {name!r} has {len(known)} classes; "
-                f"{key} must be {len(known)}, or 0 to take it from the data."
-            )
-    _check_class_names(classes)
+    classes = _known_classes(names)
+    if classes and node.NUM_CLASSES == 0:
+        node.NUM_CLASSES = len(next(iter(classes.values())))
+    _compare_classes(classes, key, node.NUM_CLASSES, ", or 0 to take it from the data")
     kept = read_categories(cfg)
     if kept and not classes:
         node.NUM_CLASSES = node.NUM_CLASSES or len(kept)
@@ -480,8 +475,46 @@ def _check_num_classes(cfg: CfgNode, names: Iterable[str]) -> None:
     if node.NUM_CLASSES < 1:
         raise ConfigError(
             f"{key} is {node.NUM_CLASSES}; it must be at least 1, or 0 if DATASETS names a dataset "
-            "with known classes."
+            "with known classes (the thing_classes of its metadata)."
         )
+
+
+def check_num_classes(key: str, number: int, names: Iterable[str]) -> None:
+    """
+    Compare a number of classes with datasets, as :func:`setup_datasets` does for a YAML config.
+
+    Args:
+        key (str): the key of the number.
+        number (int): the model's number of classes.
+        names (iterable[str]): the datasets. Those whose classes are not known are skipped.
+
+    Raises:
+        ConfigError: if a dataset has another number of classes, or two have other classes.
+    """
+    names = list(names)
+    for name in names:
+        _name_classes(name)
+    _compare_classes(_known_classes(names), key, number)
+
+
+def _known_classes(names: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
+    return {
+        name: tuple(MetadataCatalog.get(name).thing_classes)
+        for name in names
+        if hasattr(MetadataCatalog.get(name), "thing_classes")
+    }
+
+
+def _compare_classes(
+    classes: Dict[str, Tuple[str, ...]], key: str, number: int, other: str = ""
+) -> None:
+    for name, known in classes.items():
+        if number != len(known):
+            raise ConfigError(
+                f"{key} is {number}, but dataset {name!r} has {len(known)} classes; {key} must be "
+                f"{len(known)}{other}."
+            )
+    _check_class_names(classes)
 
 
 def _check_class_names(classes: Dict[str, Tuple[str, ...]]) -> None:

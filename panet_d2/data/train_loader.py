@@ -8,19 +8,21 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import detectron2.utils.comm as comm
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_train_loader
 from torch.utils.data import Dataset, Sampler
 
 from .._detectron2 import train_loader_from_config
 from ..config import read_choice
 from ..errors import ConfigError
 from .augmentation import images_of_batch
+from .check_records import check_records
+from .dataset_mapper import NamedImageMapper
 
 # Position in the stream of this process, index into the dataset, number of the batch.
 Token = Tuple[int, int, int]
@@ -142,6 +144,21 @@ class _MappedStream(Dataset):
             return self.mapper(self.dataset[index])
 
 
+def _checked_arguments(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Dict[str, Any]:
+    """Return the arguments of Detectron2's loader, whose images the mapper can use."""
+    if not isinstance(mapper, NamedImageMapper):  # another mapper may need other keys
+        return train_loader_from_config(cfg, mapper=mapper)
+    names = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
+    try:
+        args = train_loader_from_config(cfg, mapper=mapper)
+    except Exception:
+        for name in names:  # the message about an image is better
+            check_records(cfg, [name], DatasetCatalog.get(name))
+        raise
+    check_records(cfg, names, args["dataset"])
+    return args
+
+
 def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], start: int = 0
 ) -> Iterable[List[dict]]:
@@ -161,6 +178,7 @@ def build_train_loader(
     Raises:
         ConfigError: if the batch cannot be split among the processes, or images without a
             registered size cannot be grouped.
+        DataError: see :func:`check_records`, for a :class:`NamedImageMapper`.
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
@@ -171,10 +189,10 @@ def build_train_loader(
     seed, same_size = cfg.SEED, read_choice(cfg, "INPUT.SAME_SIZE_PER_BATCH", (True, False))
     if seed < 0:
         if not same_size:
-            return build_detection_train_loader(cfg, mapper=mapper)
+            return build_detection_train_loader(**_checked_arguments(cfg, mapper))
         seed, start = comm.shared_random_seed(), 0
     with seeded(seed):  # the sampler draws its seed from NumPy's generator
-        args = train_loader_from_config(cfg, mapper=mapper)
+        args = _checked_arguments(cfg, mapper)
     dicts, workers = args["dataset"], args["num_workers"]
     grouped = args["aspect_ratio_grouping"]
     if grouped and not all("width" in d and "height" in d for d in dicts):

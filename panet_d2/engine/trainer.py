@@ -34,7 +34,7 @@ from ..data import NamedImageMapper
 from ..data.check import check_training_images
 from ..data.train_loader import build_train_loader, seed_all
 from ..errors import CheckpointError, TrainingDiverged
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, check_evaluators
 from ..modeling import RCNNWithTTA, check_test_aug
 from ..modeling.check_model import forget_unread_keys
 from ..modeling.roi_heads.mask_head import FCFusionBranch
@@ -100,6 +100,7 @@ class Trainer(TrainingLoop):
 
         Raises:
             ConfigError: if a value cannot be used.
+            DataError: if an image of a user's own function cannot be used.
         """
         # A copy of DefaultTrainer.__init__, which has no methods to override for the loop, the DDP
         # model and the checkpointer.
@@ -108,6 +109,10 @@ class Trainer(TrainingLoop):
             # In a program that has not set it up, nobody would see the losses.
             setup_logger(distributed_rank=comm.get_rank())
         check_values(cfg)
+        classes = type(self).__mro__
+        subclasses = classes[: classes.index(Trainer)]
+        if not any({"build_evaluator", "test"} & vars(c).keys() for c in subclasses):
+            check_evaluators(cfg)
         cfg = build("the trainer", DefaultTrainer.auto_scale_workers, cfg, comm.get_world_size())
         model = build("the model", self.build_model, cfg)
         optimizer = build("the optimizer", self.build_optimizer, cfg, model)

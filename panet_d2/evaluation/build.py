@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Type
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -25,6 +25,7 @@ from detectron2.evaluation import (
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..data.check_records import check_records
 from ..errors import ConfigError
 
 # By the evaluator_type of a dataset.
@@ -122,13 +123,23 @@ def check_evaluators(cfg: CfgNode) -> None:
     Check before a run that ``DATASETS.TEST`` can be evaluated.
 
     Raises:
-        ConfigError: if an ``evaluator_type`` is unknown, a package of an evaluator is missing, or
-            the number of keypoints is not that of ``TEST.KEYPOINT_OKS_SIGMAS``.
+        ConfigError: if an ``evaluator_type`` is unknown, a package of an evaluator or the names of
+            the classes are missing, or the number of keypoints is not that of
+            ``TEST.KEYPOINT_OKS_SIGMAS``.
+        DataError: if a dataset of a user's own function has an image that cannot be evaluated.
     """
     for name in cfg.DATASETS.TEST:
         evaluators = _EVALUATORS[_evaluator_type(name)]
         for evaluator in evaluators:
             _prepare_package(evaluator, name)
+        if COCOEvaluator in evaluators and not hasattr(MetadataCatalog.get(name), "json_file"):
+            # The evaluator makes a COCO file of the images.
+            if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+                raise ConfigError(
+                    f"DATASETS.TEST names {name!r}, which has no names of its classes; set them: "
+                    f"MetadataCatalog.get({name!r}).thing_classes = ['…']."
+                )
+            check_records(cfg, [name], DatasetCatalog.get(name), evaluated=True)
         if COCOEvaluator in evaluators and cfg.MODEL.KEYPOINT_ON:
             number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's
@@ -141,6 +152,12 @@ def check_evaluators(cfg: CfgNode) -> None:
 
 def _evaluator_type(dataset_name: str) -> str:
     kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+    if kind is None:
+        raise ConfigError(
+            f"DATASETS.TEST names {dataset_name!r}, which has no evaluator_type; for COCO's AP set "
+            f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco', or set DATASETS.TEST "
+            "to []."
+        )
     if kind not in _EVALUATORS:
         raise ConfigError(
             f"DATASETS.TEST names {dataset_name!r}, whose evaluator_type is {kind!r}; it must be "

@@ -21,6 +21,7 @@ MODULE = import_module("panet_d2.data.check_annotations")  # the package has a f
 NAN = float("nan")
 INF = float("inf")
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+INNER = [15, 15, 25, 15, 25, 25, 15, 25]
 WHOLE = [[0, 9, 31, 9, 31, 64, 0, 64]]
 
 
@@ -276,7 +277,10 @@ def _polygons(squares):
 
 def _crowded(squares):
     first = squares.content["annotations"][0]
-    many = [{**first, "id": 100 + i, "image_id": 4} for i in range(1200)]
+    x, *others = first["bbox"]
+    many = [
+        {**first, "id": 100 + i, "image_id": 4, "bbox": [x + i / 1e4, *others]} for i in range(1200)
+    ]
     squares.content["annotations"] += many
 
 
@@ -304,6 +308,15 @@ PARTLY_WRONG = {
     ),
     "has no annotations": (lambda s: s.content["annotations"].__delitem__(slice(6, 8)), [2, 2, 2]),
     "annotation id is 0": (lambda s: s.annotation(6, id=0), [2, 2, 2, 2]),
+    "polygon inside another of its mask": (
+        lambda s: s.annotation(6, bbox=[10, 10, 20, 20], segmentation=[SQUARE, INNER]),
+        [2, 2, 2, 2],
+    ),
+    "same object as another annotation": (
+        lambda s: s.content["annotations"].append({**s.content["annotations"][6], "id": 99}),
+        [2, 2, 2, 3],
+    ),
+    "many are crowds": (lambda s: s.annotation(6, iscrowd=1), [2, 2, 2, 1]),
     "has more than 1000 annotations": (_crowded, [2, 2, 2, 1202]),
     "file is listed more than once": (
         lambda s: s.image(1, file_name="001.png"),
@@ -637,7 +650,8 @@ def test_masks_that_evaluation_cannot_read(squares, what, crowd):
 
 def test_training_needs_no_masks_of_crowds(squares):
     squares.annotation(4, segmentation=None, iscrowd=1)
-    assert check_annotations(squares.content, evaluated=False) == []
+    [warning] = check_annotations(squares.content, evaluated=False)
+    assert warning.what == "many are crowds"
     setup_datasets(squares.config())
 
 
@@ -666,6 +680,63 @@ def test_category_without_annotations(squares, caplog):
     assert _logged(cfg, caplog) == ""
 
 
+def test_category_of_crowds(squares):
+    for annotation in squares.content["annotations"]:
+        annotation["iscrowd"] = int(annotation["category_id"] == 1)
+    many, none = check_annotations(squares.content)
+    number = sum(a["iscrowd"] for a in squares.content["annotations"])
+    assert str(many).startswith(f"annotations: many are crowds ({number} of 8 have iscrowd 1")
+    assert str(none) == "category 1 (class0): has no annotations (all have iscrowd 1)"
+
+
+OTHERS = {  # not holes, but parts and a part that overlaps
+    "beside": [40, 10, 45, 10, 45, 20],
+    "overlapping": [15, 15, 25, 15, 25, 40, 15, 40],
+    "in a corner outside": [11, 27, 11, 29, 13, 29],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_parts_are_not_holes(squares, other):
+    outer = [10, 10, 30, 10, 30, 30] if other == "in a corner outside" else SQUARE
+    box = [10, 10, 35, 30]
+    squares.annotation(0, bbox=box, segmentation=[outer, OTHERS[other]])
+    assert not [p for p in check_annotations(squares.content) if "polygon" in p.what]
+
+
+def test_a_part_that_the_area_counts_is_no_hole(squares):
+    """As an annotator's second outline in a few objects of COCO."""
+    squares.annotation(0, bbox=[10, 10, 20, 20], segmentation=[SQUARE, INNER])
+    for area in (300, 400, None, 500):
+        squares.annotation(0, area=area)
+        found = [p.what for p in check_annotations(squares.content, evaluated=False)]
+        assert found == ["polygon inside another of its mask"] * (area != 500)
+
+
+def test_a_hole_among_many_parts(squares):
+    parts = [[x, 40, x + 1, 40, x + 1, 41] for x in range(10, 90, 2)]
+    squares.annotation(0, bbox=[10, 10, 80, 31], segmentation=[*parts, INNER, SQUARE])
+    [warning] = check_annotations(squares.content)
+    assert warning.what == "polygon inside another of its mask"
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "segmentation", "iscrowd"])
+def test_almost_the_same_object(squares, key):
+    _polygons(squares)
+    first = squares.content["annotations"][0]
+    other = {
+        "image_id": 2,
+        "category_id": first["category_id"] % 3 + 1,
+        "bbox": [first["bbox"][0] + 0.5, *first["bbox"][1:]],
+        "segmentation": [[v + 0.5 for v in first["segmentation"][0]]],
+        "iscrowd": 1,
+    }
+    again = {**first, "id": 99, key: other[key]}
+    squares.content["annotations"].append(again)
+    found = [p.what for p in check_annotations(squares.content)]
+    assert found == ["many are crowds"] * (key == "iscrowd")
+
+
 def test_categories_of_one_name(squares, caplog):
     squares.content["categories"][2]["name"] = "class0"
     [warning] = check_annotations(squares.content)
@@ -681,8 +752,13 @@ def test_nothing_to_evaluate_on(squares, caplog, crowds):
         squares.content["annotations"].clear()
     [warning] = check_annotations(squares.content)
     assert warning.what == "there are none to evaluate on" and warning.severity == "warning"
-    assert check_annotations(squares.content, evaluated=False, trained=True)[0].severity == "error"
+    error = check_annotations(squares.content, evaluated=False, trained=True)[0]
+    assert error.severity == "error"
+    assert all(("all have iscrowd 1" in p.detail) == crowds for p in (warning, error))
     cfg = squares.config("MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    reason = "; all have iscrowd 1" if crowds else ""
+    with pytest.raises(DataError, match=f"instances.json has no annotations to train on{reason}."):
+        setup_datasets(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], cfg.DATASETS.TRAIN
     assert "instances.json: annotations: there are none to evaluate on" in _logged(cfg, caplog)
 

@@ -1,4 +1,5 @@
 import copy
+import sys
 import traceback
 
 import cv2
@@ -7,7 +8,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.common import MapDataset
-from detectron2.data.transforms import Augmentation, AugmentationList
+from detectron2.data.transforms import Augmentation, AugmentationList, RandomCrop, RandomRotation
 from fvcore.transforms.transform import NoOpTransform
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -94,6 +95,27 @@ def test_a_config_error_is_not_the_images(record):
     with pytest.raises(ConfigError, match="INPUT.SAME_SIZE_PER_BATCH") as e:
         mapper(record)
     assert "001.png" not in str(e.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_argument_of_an_augmentation_is_not_the_images(record, workers):
+    """An augmentation of Detectron2 in a user's own list."""
+    mapper = NamedImageMapper(tiny_cfg(), True)
+    mapper.augmentations = AugmentationList([RandomRotation(["90"], sample_style="choice")])
+    with pytest.raises(TypeError) as e:
+        next(iter(DataLoader(MapDataset([record], mapper), num_workers=workers)))
+    assert "cannot use image" not in str(e.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_missing_shapely_is_not_the_images(record, monkeypatch, workers):
+    for name in ("shapely", "shapely.geometry"):
+        monkeypatch.setitem(sys.modules, name, None)
+    record["annotations"][0].update(segmentation=[[1, 1, 50, 1, 50, 50]])
+    mapper = NamedImageMapper(tiny_cfg("INPUT.CROP.ENABLED", True), True)
+    mapper.augmentations = AugmentationList([RandomCrop("absolute", (32, 32))])
+    with pytest.raises(ConfigError, match="pip install shapely"):
+        next(iter(DataLoader(MapDataset([record], mapper), num_workers=workers)))
 
 
 def test_what_stock_augmentations_cannot_use_is_named(record):
