@@ -10,7 +10,6 @@ from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from detectron2.structures.masks import polygon_area, polygons_to_bitmask
-from matplotlib.path import Path
 from pycocotools import mask as mask_util
 
 from .check_boxes import Corners
@@ -77,6 +76,10 @@ def _has_hole(polygons: List[np.ndarray], area: Any) -> bool:
     low = np.array([p.min(axis=0) for p in polygons])
     high = np.array([p.max(axis=0) for p in polygons])
     enclosed = ((low[:, None] < low) & (high[:, None] > high)).all(axis=2)
+    if not enclosed.any():
+        return False
+    from matplotlib.path import Path  # here, because few files need it and it takes long
+
     return any(
         Path(polygons[outer]).contains_points(polygons[inner]).all()
         for outer, inner in zip(*np.nonzero(enclosed))
