@@ -93,23 +93,24 @@ def use():
 
 if __name__ == "__main__":
     print(use())
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(pool.apply(use))
+    if {workers}:
+        with multiprocessing.get_context("spawn").Pool({workers}) as pool:
+            print(pool.apply(use))
 """
 
 
 @pytest.mark.parametrize(
-    "first, variable",
+    "first, variable, workers",
     [
-        ("import panet_d2; panet_d2.install(); panet_d2.install()", ""),
-        ("import detectron2", "panet_d2.env"),
-        ("import panet_d2", "panet_d2.env"),
-        ("import panet_d2.config", "panet_d2.env"),
+        ("import panet_d2; panet_d2.install(); panet_d2.install()", "", 1),
+        ("import detectron2", "panet_d2.env", 1),
+        ("import panet_d2", "panet_d2.env", 0),
+        ("import panet_d2.config", "panet_d2.env", 0),
     ],
 )
-def test_programs_that_make_the_config_themselves(first, variable, tmp_path):
+def test_programs_that_make_the_config_themselves(first, variable, workers, tmp_path):
     (tmp_path / "config.yaml").write_text(tiny_cfg().dump())
-    (tmp_path / "program.py").write_text(PROGRAM.format(first=first))
+    (tmp_path / "program.py").write_text(PROGRAM.format(first=first, workers=workers))
     printed = subprocess.run(
         [sys.executable, "-W", "ignore", "program.py", "config.yaml"],
         cwd=tmp_path,
@@ -117,4 +118,4 @@ def test_programs_that_make_the_config_themselves(first, variable, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert printed.stdout.split() == ["PANetROIHeads"] * 2, printed.stderr
+    assert printed.stdout.split() == ["PANetROIHeads"] * (1 + workers), printed.stderr

@@ -158,7 +158,7 @@ def test_two_processes_train_and_evaluate_as_one(config_file, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "processes, workers",
-    [(1, 0), pytest.param(2, 0, marks=SLOW), pytest.param(1, 2, marks=SLOW), (2, 1)],
+    [(1, 0), *(pytest.param(*case, marks=SLOW) for case in ((2, 0), (1, 2), (2, 1)))],
 )
 def test_sigterm_saves_and_stops(config_file, tmp_path, processes, workers, request):
     """And the run goes on from there, to the weights of one that was not stopped."""

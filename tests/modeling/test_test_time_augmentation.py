@@ -234,7 +234,8 @@ def test_keypoints_of_a_model():
 
 
 def test_no_object_is_found():
-    found = predict("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0, *EVERY_VIEW, "TEST.AUG.MERGE", "nms")
+    sizes = ("TEST.AUG.MIN_SIZES", [64, 80], *EVERY_VIEW)
+    found = predict("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0, *sizes, "TEST.AUG.MERGE", "nms")
     assert len(found) == 0 and found.pred_masks.shape[1:] == (64, 96)
 
 

@@ -41,6 +41,7 @@ def test_committed_tables_are_those_of_the_json_file(name):
     assert (RESULTS / f"{name}.md").read_text() == markdown(results)
 
 
+@pytest.mark.slow
 def test_ladder():
     """Each part adds operations, for images of one size."""
     assert [Path(p).name[:2] for p in tool.LADDER] == [f"{i}_" for i in range(7)]
