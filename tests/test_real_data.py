@@ -56,7 +56,7 @@ def test_evaluates_a_coco_config(tmp_path):
     results = train_net(
         *("--config-file", config, "--eval-only"),
         *("MODEL.WEIGHTS", str(tmp_path / "model.pth"), "OUTPUT_DIR", str(tmp_path)),
-        *("INPUT.MIN_SIZE_TEST", "128", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"),
+        *("INPUT.MIN_SIZE_TEST", "64", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
     )
     val = json.loads((DATASETS / "coco/annotations/instances_val2017.json").read_text())
@@ -70,9 +70,9 @@ def test_evaluates_a_coco_config(tmp_path):
 def test_trains_on_nuclei(tmp_path):
     train_net(
         *("--config-file", "configs/DSB2018/panet_R_18_FPN_gn.yaml"),
-        *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()"),
-        *("SOLVER.IMS_PER_BATCH", "2", "TEST.DETECTIONS_PER_IMAGE", "20"),
-        *("INPUT.MIN_SIZE_TEST", "128"),
+        *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"),
+        *("SOLVER.IMS_PER_BATCH", "2", "TEST.DETECTIONS_PER_IMAGE", "10"),
+        *("INPUT.MIN_SIZE_TEST", "64"),
     )
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert any("segm/AP" in line for line in metrics)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from panet_d2.engine.main import main
+
 from .common import ROOT, child_env, tiny_cfg, write_coco
 
 
@@ -41,6 +43,21 @@ def folder(tmp_path_factory):
 def train_net(folder, *args):
     config_file = str(folder / "config.yaml")
     return start(sys.executable, "train_net.py", "--config-file", config_file, *args)
+
+
+@pytest.fixture
+def train_net_here(folder, capsys):
+    """The same in this process, which saves the imports."""
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            status = main(["--config-file", str(folder / "config.yaml"), *args])
+        except SystemExit as e:
+            status = e.code
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+
+    return run
 
 
 def start(*command):
@@ -83,11 +100,11 @@ def test_warnings_of_the_setup_are_in_the_log(folder, tmp_path):
     assert (done.stdout + done.stderr).count(text) == 1
 
 
-def test_eval_only_gives_the_same_numbers(folder):
+def test_eval_only_gives_the_same_numbers(folder, train_net_here):
     run = folder / "run"
     weights = str(run / "model_final.pth")
-    done = train_net(
-        folder, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(folder / "eval")
+    done = train_net_here(
+        "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(folder / "eval")
     )
     assert done.returncode == 0, done.stderr[-3000:]
     trained = last_results(run)
@@ -96,24 +113,23 @@ def test_eval_only_gives_the_same_numbers(folder):
         assert printed(done, task) == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
 
-def test_eval_only_of_the_run_itself(folder):
-    done = train_net(folder, "--eval-only", "--resume", "OUTPUT_DIR", str(folder / "run"))
+def test_eval_only_of_the_run_itself(folder, train_net_here):
+    done = train_net_here("--eval-only", "--resume", "OUTPUT_DIR", str(folder / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert printed(done, "segm")[0] == pytest.approx(
         last_results(folder / "run")["segm/AP"], abs=1e-4
     )
 
 
-def test_eval_only_fails_below_the_expected_results(folder):
+def test_eval_only_fails_below_the_expected_results(folder, train_net_here):
     args = ("--eval-only", "--resume", "OUTPUT_DIR", str(folder / "run"), "TEST.EXPECTED_RESULTS")
     mask_ap = last_results(folder / "run")["segm/AP"]
-    assert train_net(folder, *args, f"[['segm', 'AP', {mask_ap}, 0.1]]").returncode == 0
-    assert train_net(folder, *args, f"[['segm', 'AP', {mask_ap + 1}, 0.1]]").returncode == 1
+    assert train_net_here(*args, f"[['segm', 'AP', {mask_ap}, 0.1]]").returncode == 0
+    assert train_net_here(*args, f"[['segm', 'AP', {mask_ap + 1}, 0.1]]").returncode == 1
 
 
-def test_test_time_augmentation(folder):
-    done = train_net(
-        folder,
+def test_test_time_augmentation(folder, train_net_here):
+    done = train_net_here(
         "--eval-only",
         *("MODEL.WEIGHTS", str(folder / "run/model_final.pth")),
         *("OUTPUT_DIR", str(folder / "tta")),
@@ -126,12 +142,12 @@ def test_test_time_augmentation(folder):
     assert (folder / "tta/inference_TTA/coco_instances_results.json").is_file()
 
 
-def test_resumes_where_it_stopped(folder):
+def test_resumes_where_it_stopped(folder, train_net_here):
     run, half = folder / "run", folder / "half"
     half.mkdir()
     (half / "model_0000049.pth").write_bytes((run / "model_0000049.pth").read_bytes())
     (half / "last_checkpoint").write_text("model_0000049.pth")
-    done = train_net(folder, "--resume", "OUTPUT_DIR", str(half))
+    done = train_net_here("--resume", "OUTPUT_DIR", str(half))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Starting training from iteration 50" in done.stdout
     resumed, whole = (torch.load(d / "model_final.pth") for d in (half, run))
@@ -209,17 +225,16 @@ def test_mistakes_are_one_sentence(ends, index):
     assert "Traceback" not in stderr
 
 
-def test_nothing_of_another_run_is_lost(folder):
+def test_nothing_of_another_run_is_lost(folder, train_net_here):
     before = {p: p.stat().st_mtime for p in (folder / "run").rglob("*")}
-    train_net(folder, "OUTPUT_DIR", str(folder / "run"))
+    train_net_here("OUTPUT_DIR", str(folder / "run"))
     assert {p: p.stat().st_mtime for p in (folder / "run").rglob("*")} == before
 
 
-def test_broken_image_is_named(folder, tmp_path):
+def test_broken_image_is_named(folder, train_net_here, tmp_path):
     json_file, root = write_coco(tmp_path / "squares", num_images=2)
     (Path(root) / "002.png").write_bytes(b"no image")
-    done = train_net(
-        folder,
+    done = train_net_here(
         *("DATASETS.REGISTER_COCO", str([["broken_squares", json_file, root]])),
         *("DATASETS.TRAIN", "('broken_squares',)", "DATASETS.TEST", "()"),
         *("OUTPUT_DIR", str(tmp_path / "run")),
