@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from panet_d2 import cli
 from panet_d2.checkpoint import atomic_open
 from panet_d2.data.image_file import read_image_file
-from panet_d2.engine import Predictor, setup_config
+from panet_d2.engine import Predictor, setup_config, use_run_weights
 from panet_d2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 IMAGES = (".png", ".bmp", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 # Codecs for each kind of video, best first. The build of OpenCV decides which codecs work.
 VIDEOS = {".mp4": ("mp4v", "avc1"), ".avi": ("MJPG", "XVID"), ".mkv": ("mp4v", "MJPG")}
+_COMPLETE = 0.9  # share of its frames that a complete video has at least
 WINDOW, NO_KEY, QUIT_KEYS = "panet_d2", 255, (27, ord("q"))  # 27 is Esc
 
 
@@ -110,6 +110,9 @@ class Model:
     def __init__(self, args: argparse.Namespace):
         """Build the model; raise the errors of panet_d2.engine.setup_config and Predictor."""
         cfg = setup_config(args.config_file, args.opts, needed=())
+        given = cfg.MODEL.WEIGHTS
+        if use_run_weights(cfg, args.opts, args.config_file) != given:
+            say(f"weights: {cfg.MODEL.WEIGHTS}, the last checkpoint of this run")
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
         cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
@@ -211,14 +214,21 @@ def read_images(paths: Sequence[str], failed: List[str]) -> Iterator[Tuple[str, 
             yield path, path, image
 
 
-def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Tuple[int, str, np.ndarray]]:
-    """Yield (image_id, file name, BGR image); raise DataError if there is no frame."""
+def read_frames(
+    capture: cv2.VideoCapture, name: str, total: int
+) -> Iterator[Tuple[int, str, np.ndarray]]:
+    """
+    Yield (image_id, file name, BGR image); raise DataError if there is no frame. Say if there are
+    fewer than ``total``, which is a video's own count and not exact.
+    """
     index, (there_is_one, frame) = 0, capture.read()
     if not there_is_one:
         raise DataError(f"no frame can be read from {name}")
     while there_is_one:
         yield index, name, frame
         index, (there_is_one, frame) = index + 1, capture.read()
+    if index < _COMPLETE * total:
+        say(f"{name} ends after {index} of about {total} frames; the file may be damaged")
 
 
 def open_writer(file: str, fps: float, picture: np.ndarray) -> cv2.VideoWriter:
@@ -250,20 +260,6 @@ def output_files(names: Sequence[str], output: str, endings: Sequence[str]) -> D
     if len(names) > 1:
         raise DataError(f"--output {output} is one file, but there are {len(names)} images")
     return {names[0]: output}
-
-
-def make_way(files: Sequence[str], keep: Sequence[str]) -> None:
-    """Make the folders of these files; raise DataError if a file is a folder or in ``keep``."""
-    kept = {os.path.realpath(path) for path in keep}
-    for file in files:
-        if os.path.isdir(file) or os.path.realpath(file) in kept:
-            raise DataError(f"{file} is a folder or an input, and will not be overwritten")
-    for folder in {os.path.dirname(file) or "." for file in files if not os.path.exists(file)}:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as e:
-            raise DataError(f"no file can be written in {folder}: {e}") from e
 
 
 def check_display() -> None:
@@ -302,14 +298,15 @@ def predict(args: argparse.Namespace) -> int:
         capture = cv2.VideoCapture(args.video_input or args.webcam)
         if not capture.isOpened():
             raise DataError(f"cannot open {names[0]} as a video")
-        items, endings = read_frames(capture, names[0]), tuple(VIDEOS)
         total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # webcams have none
+        items, endings = read_frames(capture, names[0], total), tuple(VIDEOS)
         fps = capture.get(cv2.CAP_PROP_FPS)
         fps = fps if 0 < fps < 1000 else 30.0  # with a wrong one the writer does not open
     given = len(names) + len(failed)
     files = output_files(names, args.output, endings) if args.output else {}
     to_write = [*files.values(), *filter(None, [args.json])]
-    make_way(to_write, keep=[*names, args.config_file])
+    weights = [value for key, value in zip(args.opts, args.opts[1:]) if key == "MODEL.WEIGHTS"]
+    cli.make_way(to_write, [*names, args.config_file, *weights])
     if not to_write:
         check_display()
     model, results, unwritten = Model(args), [], False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
-from typing import Any, Callable, Optional, Tuple, Type
+import tempfile
+from typing import Any, Callable, Iterable, Optional, Sequence, Tuple, Type
 
-from .errors import PanetError
+from .errors import DataError, PanetError
 
 FAILED = 1  # argparse exits with 2
 INTERRUPTED = 130  # a shell's status for a program that Ctrl-C ends
@@ -84,3 +86,34 @@ def _sentence(error: Exception) -> str:
         "SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED "
         "True on CUDA; for inference, lower INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST."
     )
+
+
+def positive(text: str) -> int:
+    """Read an argument that is a whole number from 1 on; the ``type`` of an argparse option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def make_way(files: Sequence[str], inputs: Iterable[str]) -> None:
+    """
+    Make the folders of the files that a tool will write, before the tool starts to work.
+
+    Args:
+        files (sequence[str]): files to write.
+        inputs (iterable[str]): files that the tool reads.
+
+    Raises:
+        DataError: if a file is a folder or one of the inputs, or cannot be written.
+    """
+    kept = {os.path.realpath(path) for path in inputs}
+    for file in files:
+        if os.path.isdir(file) or os.path.realpath(file) in kept:
+            raise DataError(f"{file} is a folder or an input, and will not be overwritten.")
+    for folder in {os.path.dirname(file) or "." for file in files if not os.path.exists(file)}:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            raise DataError(f"no file can be written in {folder}: {e}.") from e

@@ -46,6 +46,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error("--calibrate is for mask-rcnn, and takes at least one image")
     if args.allow_unmatched and args.kind == "mask-rcnn":
         parser.error("--allow-unmatched is for release and mmdet, whose names have rules")
+    cli.make_way([args.output], [args.input, *filter(None, [args.config_file])])
     config_file = args.config_file or os.path.join(CONFIGS, DEFAULT_CONFIGS[args.kind])
     cfg = setup_config(config_file, args.opts, needed=("TRAIN",) if args.calibrate else ())
     images = build_training_sample_loader(cfg, args.calibrate) if args.calibrate else None

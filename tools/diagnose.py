@@ -9,7 +9,6 @@ share of dead units in its box head.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Dict, List, Optional
 
@@ -27,8 +26,9 @@ from panet_d2.analysis import (
 )
 from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
+from panet_d2.data.register import coco_entries
 from panet_d2.engine import load_run, read_config, setup_config
-from panet_d2.errors import ConfigError
+from panet_d2.errors import ConfigError, DataError
 from panet_d2.modeling.check_model import finds_oriented_boxes
 from panet_d2.planning import anchor_recall, measure
 
@@ -38,7 +38,8 @@ AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config.yaml of a run")
-    parser.add_argument("--number", type=int, default=12, help="images for the share of dead units")
+    text = "images for the share of dead units"
+    parser.add_argument("--number", type=cli.positive, default=12, help=text)
     parser.add_argument(
         "--boxes-of",
         metavar="CONFIG",
@@ -54,10 +55,13 @@ def main(argv: Optional[List[str]] = None) -> None:
             "compares upright boxes only."
         )
     name = first_test_set(cfg)
+    coco = ground_truth(name)
+    if not any(not a.get("iscrowd") for a in coco.anns.values()):
+        raise DataError(f"dataset {name} has no objects.")
     if args.output:  # now, not after minutes of evaluation
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+        cli.make_way([args.output], [args.config_file, *filter(None, [args.boxes_of])])
     if args.boxes_of:
-        _check_same_images(args.config_file, args.boxes_of)
+        _check_same_data(args.config_file, args.boxes_of, name)
     model, mapper = load_run(cfg, args.opts, args.config_file), NamedImageMapper(cfg, False)
     records = spread_evenly(get_detection_dataset_dicts([name]), args.number)
     inputs = ([mapper(record)] for record in tqdm(records, desc="images", unit="image"))
@@ -70,7 +74,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         )
     print(f"recall of the objects of {name} at IoU 0.5, in percent:")
     stages = {}
-    predicted = anchor_recall(cfg, measure(ground_truth(name).dataset))
+    predicted = anchor_recall(cfg, measure(coco.dataset))
     if predicted:
         stages["anchors"] = predicted
     stages.update(detection_stages(cfg, model, name))
@@ -100,15 +104,27 @@ def main(argv: Optional[List[str]] = None) -> None:
         write_json(args.output, {**content, "recall": stages, "mask AP with": masks})
 
 
-def _check_same_images(config_file: str, other: str) -> None:
-    """Raise a ConfigError if two runs read the images in different ways."""
-    ours, theirs = (read_config(path).INPUT for path in (config_file, other))
+def _check_same_data(config_file: str, other: str, name: str) -> None:
+    """Raise a ConfigError if two runs have other classes or files, or read images in other ways."""
+    ours, theirs = map(read_config, (config_file, other))
     for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-        if ours[key] != theirs[key]:
+        if ours.INPUT[key] != theirs.INPUT[key]:
             raise ConfigError(
-                f"INPUT.{key} is {ours[key]!r}, but {theirs[key]!r} in {other}; --boxes-of needs "
-                "runs that read the images in the same way."
+                f"INPUT.{key} is {ours.INPUT[key]!r}, but {theirs.INPUT[key]!r} in {other}; "
+                "--boxes-of needs runs that read the images in the same way."
             )
+    classes = [[list(c) for c in cfg.DATASETS.CATEGORIES] for cfg in (ours, theirs)]
+    if all(classes) and classes[0] != classes[1]:
+        raise ConfigError(
+            f"DATASETS.CATEGORIES is {classes[0]}, but {classes[1]} in {other}; --boxes-of needs "
+            "runs with the same classes."
+        )
+    files = [[e for e in coco_entries(cfg) if e[0] == name] for cfg in (ours, theirs)]
+    if all(files) and files[0] != files[1]:
+        raise ConfigError(
+            f"DATASETS.REGISTER_COCO has {files[0][0]}, but {files[1][0]} in {other}; --boxes-of "
+            "needs runs with the same data."
+        )
 
 
 if __name__ == "__main__":

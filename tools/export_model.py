@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from panet_d2 import cli
 from panet_d2.build import build
-from panet_d2.engine import load_strict, setup_config
+from panet_d2.engine import load_strict, setup_config, use_run_weights
 from panet_d2.export import FORMATS, check_exportable, export_model, sample_images
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
@@ -45,7 +45,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     check_exportable(cfg, args.format)
     cfg.MODEL.DEVICE = "cpu"
     model = build("the model", build_model, cfg)
-    load_strict(model, cfg.MODEL.WEIGHTS)
+    load_strict(model, use_run_weights(cfg, args.opts, args.config_file))
+    print(f"weights: {cfg.MODEL.WEIGHTS}")
     images = sample_images(cfg, args.images)
     os.makedirs(args.output, exist_ok=True)
     for name in args.format:

@@ -2,7 +2,8 @@
 """
 Plan a config for a dataset in COCO format. The data determines image scale, anchors, numbers of
 proposals and detections, sampling and schedule. Each value has a reason. The tool writes OUTPUT,
-and next to it the measurements as JSON and a picture of objects and anchors as PNG.
+and next to it the measurements (OUTPUT without its ending, and _plan.json) and a picture of objects
+and anchors (_plan.png).
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
+
+from detectron2.config import CfgNode
 
 from panet_d2 import cli
 from panet_d2.check_config import check_values
@@ -36,7 +40,7 @@ from panet_d2.planning import (
 BASE = f"{PREFIX}COCO-InstanceSegmentation/panet_R_50_FPN_1x.yaml"
 
 
-def given_values(args: argparse.Namespace) -> Dict[str, Tuple[Any, str]]:
+def given_values(args: argparse.Namespace, base: CfgNode) -> Dict[str, Tuple[Any, str]]:
     """Return the values that do not follow from the data."""
     name = os.path.splitext(os.path.basename(args.output or "planned"))[0]
     entries = [[f"{name}_train", *map(os.path.abspath, args.train)]]
@@ -47,6 +51,8 @@ def given_values(args: argparse.Namespace) -> Dict[str, Tuple[Any, str]]:
         "DATASETS.TRAIN": ([entries[0][0]], "--train"),
         "DATASETS.TEST": ([e[0] for e in entries[1:]], "--val" if args.val else "no --val"),
     }
+    if base.DATASETS.CATEGORIES:  # of a run on other data
+        values["DATASETS.CATEGORIES"] = ([], "categories of the data")
     if args.weights is not None:
         values["MODEL.WEIGHTS"] = (args.weights, "--weights")
     return values
@@ -66,9 +72,14 @@ def print_reasons(plan: Plan) -> None:
         print(f"  {key} {choice.value}: {choice.reason}")
 
 
+def outputs(args: argparse.Namespace) -> List[str]:
+    """The config, the measurements and the picture."""
+    stem = os.path.splitext(args.output)[0]
+    # Not STEM.json, which is often the name of an annotation file.
+    return [args.output, f"{stem}_plan.json", f"{stem}_plan.png"]
+
+
 def write(args: argparse.Namespace, plan: Plan, text: str, data: Dict[str, Fingerprint]) -> None:
-    stem, extension = os.path.splitext(args.output)
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     with atomic_open(args.output) as f:
         f.write(text)
     content = {
@@ -77,16 +88,19 @@ def write(args: argparse.Namespace, plan: Plan, text: str, data: Dict[str, Finge
         "plan": {k: {"value": c.value, "reason": c.reason} for k, c in plan.changed.items()},
         "kept": {k: {"value": c.value, "reason": c.reason} for k, c in plan.kept.items()},
     }
-    with atomic_open(f"{stem}.json") as f:
+    measured, picture = outputs(args)[1:]
+    with atomic_open(measured) as f:
         json.dump(content, f, indent=2)
-    plot_plan(plan, data["train"], f"{stem}.png")
-    print(f"\nwrote {args.output}, {stem}.json and {stem}.png; train with:")
-    print(f"python train_net.py --config-file {args.output} --num-gpus {max(args.num_gpus, 1)}")
+    plot_plan(plan, data["train"], picture)
+    print(f"\nwrote {args.output}, {measured} and {picture}; train with:")
+    config_file, gpus = shlex.quote(args.output), max(args.num_gpus, 1)
+    print(f"python train_net.py --config-file {config_file} --num-gpus {gpus}")
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     files = {"nargs": 2, "metavar": ("JSON", "FOLDER")}
     parser = argparse.ArgumentParser(description=__doc__)
+    files["action"] = "append"
     parser.add_argument("--train", required=True, help="annotation file and image folder", **files)
     parser.add_argument("--val", help="the same for evaluation", **files)
     parser.add_argument("--base", default=BASE, help=f"config to start from; {BASE} by default")
@@ -111,12 +125,18 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         help="memory of each; that of this machine by default, or 16",
     )
     args = parser.parse_args(argv)
+    for option in ("train", "val"):
+        given = getattr(args, option) or [None]
+        if len(given) > 1:
+            parser.error(
+                f"--{option} takes one dataset; plan for the largest, and add the others to "
+                "DATASETS in the config"
+            )
+        setattr(args, option, given[0])
     if not (args.output or args.dry_run):
         parser.error("give --output, or --dry-run to write nothing")
     if args.output and not args.output.endswith((".yaml", ".yml")):
         parser.error("--output must end in .yaml")
-    if args.output and os.path.abspath(args.output) == os.path.abspath(args.base):
-        parser.error("--output must be another file than --base")
     if not 0 <= args.max_megapixels < 1e4 or not 0 <= args.num_gpus or not args.gpu_memory > 0:
         parser.error("--max-megapixels, --num-gpus and --gpu-memory must be positive")
     return args
@@ -125,6 +145,9 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     base = read_config(args.base)
+    if not args.dry_run:
+        inputs = (args.base, args.train[0], *(args.val or ())[:1])
+        cli.make_way(outputs(args), inputs)
     hardware = Hardware(args.num_gpus, args.gpu_memory, args.max_megapixels)
     data = {"train": read_fingerprint(*args.train)}
     if args.val:
@@ -139,7 +162,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             f"{len(pairs)} validation images are named like training images, such as {pairs[0][1]} "
             f"like {pairs[0][0]}; copies would make the evaluation too good.\n"
         )
-    plan = make_plan(data["train"], base, hardware, given_values(args))
+    plan = make_plan(data["train"], base, hardware, given_values(args, base))
     check(plan)
     tables = [prediction_table(plan, fingerprint, name) for name, fingerprint in data.items()]
     machine = f"{args.num_gpus} GPUs of {args.gpu_memory:.0f} GiB" if args.num_gpus else "a CPU"

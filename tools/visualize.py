@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from math import ceil
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from panet_d2 import cli
 from panet_d2.analysis import (
+    RESULTS,
     annotation_mask,
     average_precision,
     draw_comparison,
@@ -35,20 +35,34 @@ from panet_d2.analysis import (
     plot_training,
     precision_recall,
     read_history,
+    read_results,
 )
 from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
-from panet_d2.engine import load_run, run_folder, setup_config
+from panet_d2.engine import load_run, read_config, run_folder, setup_config
 from panet_d2.errors import ConfigError, DataError, PanetError
 from panet_d2.evaluation import detection_limit, inference_folder
 from panet_d2.modeling.check_model import finds_oriented_boxes
-
-RESULTS = "coco_instances_results.json"  # the file name of Detectron2's evaluator
 
 
 def write_png(path: str, image: np.ndarray) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Image.fromarray(image).save(path)
+
+
+def results_of(folder: str, cfg: CfgNode, name: str) -> str:
+    """Return the file with a run's results on a dataset, one of those that it was evaluated on."""
+    evaluated = cfg  # overrides may name other datasets
+    if os.path.isfile(os.path.join(folder, "config.yaml")):
+        evaluated = read_config(os.path.join(folder, "config.yaml"))
+    if name not in evaluated.DATASETS.TEST:
+        raise DataError(
+            f"{folder} was evaluated on {', '.join(evaluated.DATASETS.TEST)}, not on {name}; run "
+            "train_net.py --eval-only with this dataset, or give its results with --results."
+        )
+    return os.path.join(
+        inference_folder(evaluated, name, os.path.join(folder, "inference")), RESULTS
+    )
 
 
 def predictions(args: argparse.Namespace) -> None:
@@ -60,13 +74,13 @@ def predictions(args: argparse.Namespace) -> None:
             "visualize.py draws upright boxes only."
         )
     name = first_test_set(cfg)
-    folder = os.path.join(run_folder(cfg, args.opts, args.config_file), "inference")
-    results_file = args.results or os.path.join(inference_folder(cfg, name, folder), RESULTS)
+    coco, metadata = ground_truth(name), MetadataCatalog.get(name)
+    results_file = args.results
+    if not results_file:
+        results_file = results_of(run_folder(cfg, args.opts, args.config_file), cfg, name)
     if not os.path.isfile(results_file):
         raise DataError(f"{results_file} does not exist; train_net.py --eval-only writes it.")
-    coco, metadata = ground_truth(name), MetadataCatalog.get(name)
-    with open(results_file, encoding="utf-8") as f:
-        results = json.load(f)
+    results = read_results(results_file)
 
     matches = match_predictions(coco, results, args.score_threshold)
     worst_first = sorted(matches, key=lambda i: -matches[i].error_rate)
@@ -185,11 +199,10 @@ def run_precision(folder: str) -> Optional[Tuple[np.ndarray, np.ndarray]]:
         print(f"no precision of {folder}: {e}")
         return None
     # Not OUTPUT_DIR, because the folder may have been moved.
-    path = os.path.join(inference_folder(cfg, name, os.path.join(folder, "inference")), RESULTS)
+    path = results_of(folder, cfg, name)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as f:
-        results = json.load(f)
+    results = read_results(path)
     if not results:
         return None
     kind = "segm" if "segmentation" in results[0] else "bbox"
@@ -227,7 +240,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     sub.add_argument("--config-file", required=True, help="YAML file, or config.yaml of a run")
     sub.add_argument("--results", help="COCO results file; default: that in OUTPUT_DIR/inference")
     sub.add_argument("--output", required=True, help="folder for the PNGs")
-    sub.add_argument("--number", type=int, default=12, help="number of images")
+    sub.add_argument("--number", type=cli.positive, default=12, help="number of images")
     sub.add_argument("--score-threshold", type=float, default=0.5)
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
     sub.set_defaults(run=predictions)
@@ -236,9 +249,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         sub.add_argument("--config-file", required=True, help="config.yaml of a run")
         sub.add_argument("--output", required=True, help="folder for the files")
         what = "images" if command == "levels" else "objects"
-        sub.add_argument("--number", type=int, default=number, help=f"number of {what}")
+        sub.add_argument("--number", type=cli.positive, default=number, help=f"number of {what}")
         if command == "masks":
-            sub.add_argument("--images", type=int, default=20, help="images that have the objects")
+            text = "images that have the objects"
+            sub.add_argument("--images", type=cli.positive, default=20, help=text)
         sub.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …")
         sub.set_defaults(run=run)
     sub = commands.add_parser("curves", help=curves.__doc__)

@@ -8,17 +8,20 @@ from .inspection import (
     mask_paths,
 )
 from .matching import (
+    RESULTS,
     ImageMatch,
     average_precision,
     ground_truth,
     match_predictions,
     object_recall,
     precision_recall,
+    read_results,
 )
 from .pictures import annotation_mask, draw_comparison
 from .plots import draw_mask_paths, plot_level_shares, plot_precision_recall, plot_training
 
 __all__ = [
+    "RESULTS",
     "ImageMatch",
     "annotation_mask",
     "average_precision",
@@ -40,4 +43,5 @@ __all__ = [
     "plot_training",
     "precision_recall",
     "read_history",
+    "read_results",
 ]

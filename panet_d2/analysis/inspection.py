@@ -126,7 +126,8 @@ def dead_units(model: GeneralizedRCNN, inputs: Iterable[List[dict]]) -> Dict[str
     heads = {n: m for n, m in modules if isinstance(m, FastRCNNConvFCHead)}
     if not heads:
         raise ConfigError(
-            "the model has no box head of class FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)."
+            "the model has no box head of class FastRCNNConvFCHead (MODEL.META_ARCHITECTURE, "
+            "MODEL.ROI_BOX_HEAD.NAME)."
         )
     alive: Dict[str, torch.Tensor] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Tuple
 
@@ -13,6 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..errors import DataError
+
+RESULTS = "coco_instances_results.json"  # the file name of Detectron2's evaluator
 
 
 @dataclass
@@ -39,11 +42,36 @@ def ground_truth(name: str) -> COCO:
         DataError: if the dataset is not in COCO format.
     """
     DatasetCatalog.get(name)  # writes the files of a dataset that is generated on first use
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is None:
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if json_file is None or metadata.get("evaluator_type") == "lvis":
         raise DataError(f"dataset {name!r} has no annotation file in COCO format.")
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(json_file)
+
+
+def read_results(path: str) -> List[dict]:
+    """
+    Read results in COCO's format.
+
+    Raises:
+        DataError: if the file cannot be read or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            results = json.load(f)
+        for result in results:
+            result["image_id"], result["category_id"], result["score"]
+            if "segmentation" not in result:
+                result["bbox"]
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror or e}.") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(
+            f"{path} is not a file of COCO results ({type(e).__name__}: {e}), such as {RESULTS} of "
+            "train_net.py --eval-only."
+        ) from e
+    return results
 
 
 def match_predictions(
@@ -182,7 +210,8 @@ def _evaluate(
             f"the results name images that are not in the dataset, such as {min(unknown)}."
         )
     with contextlib.redirect_stdout(io.StringIO()):
-        found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
+        # loadRes adds keys to the results, and fails on an empty list.
+        found = coco.loadRes([dict(r) for r in results]) if results else COCO()
         evaluator = COCOeval(coco, found, iou_type)
         vars(evaluator.params).update(maxDets=[1, 10, max_detections], **params)
         evaluator.evaluate()

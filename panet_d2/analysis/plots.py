@@ -63,7 +63,7 @@ def plot_training(runs: Dict[str, List[dict]], path: str) -> None:
         for name, lines in runs.items():
             by_step = evaluations(lines, title[: -len("/AP")]) if title in tasks else losses(lines)
             points = {step: line[title] for step, line in by_step.items() if title in line}
-            style = "-o" if title in tasks else "-"
+            style = "-o" if title in tasks or len(points) == 1 else "-"
             axis.plot(list(points), list(points.values()), style, ms=3, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_ylim(bottom=0)

@@ -33,6 +33,7 @@ _ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_parameter"),
 }
+COMPILED = "_orig_mod."  # in the names of a module that torch.compile returns
 # Keys that hold the weights in common layouts, the first one wins.
 _LAYOUTS = ("model", "state_dict", "model_state_dict", "ema")
 
@@ -197,10 +198,11 @@ def model_weights(content: Mapping[str, Any], path: str) -> Dict[str, torch.Tens
     Take the weights from the content of a checkpoint with :func:`find_weights`.
 
     Returns:
-        dict[str, Tensor]: by name, without the "module." of DistributedDataParallel. Floating-point
-        weights become float32.
+        dict[str, Tensor]: by name, without the "module." of DistributedDataParallel and the
+        "_orig_mod." of torch.compile. Floating-point weights become float32.
     """
     weights = find_weights(content, path)
+    weights = {name.replace(COMPILED, ""): value for name, value in weights.items()}
     prefix = "module." if all(name.startswith("module.") for name in weights) else ""
     result = {}
     for name, value in weights.items():

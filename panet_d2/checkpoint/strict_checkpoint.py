@@ -16,7 +16,7 @@ from .._detectron2 import LoadHooks, forget_address
 from ..errors import CheckpointError
 from ..modeling.roi_heads.other_layers import drop_other_layers
 from .atomic import AtomicPathManager
-from .safe_load import find_weights, first_line, load_untrusted
+from .safe_load import COMPILED, find_weights, first_line, load_untrusted
 
 logger = logging.getLogger("panet_d2")
 
@@ -105,7 +105,11 @@ class StrictCheckpointer(LoadHooks):
         weights = checkpoint["model"]
         if weights and all(name.startswith("module.") for name in weights):  # saved from DDP
             weights = {name.removeprefix("module."): value for name, value in weights.items()}
-            checkpoint["model"] = weights
+        # torch.compile adds to the names of a module, before or after it was saved.
+        ours = {name.replace(COMPILED, ""): name for name in self.model.state_dict()}
+        weights = {n.replace(COMPILED, ""): value for n, value in weights.items()}
+        weights = {ours.get(name, name): value for name, value in weights.items()}
+        checkpoint["model"] = weights
         self._check_pixels(weights)
         if self.required is not None:
             drop_other_layers(weights, self.model.state_dict())

@@ -6,11 +6,12 @@ from math import isfinite
 from typing import Any, Optional, Sequence
 
 from detectron2.config import CfgNode
+from detectron2.modeling import PanopticFPN, SemanticSegmentor
 from detectron2.structures import BoxMode
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..modeling.check_model import num_classes_node
+from ..modeling.check_model import is_architecture, num_classes_node
 
 _MODES = set(BoxMode)
 
@@ -37,6 +38,8 @@ def check_records(
     classes = cfg.MODEL[node].NUM_CLASSES if node else None
     masks = cfg.MODEL.MASK_ON
     keys = ["file_name"] + ["image_id"] * evaluated
+    if not evaluated and is_architecture(cfg, PanopticFPN, SemanticSegmentor):
+        keys.append("sem_seg_file_name")
     keys += ["annotations"] * any("annotations" in record for record in records)
     for index, record in enumerate(records):
         problem = next((f"has no {key!r}" for key in keys if key not in record), None)

@@ -13,13 +13,14 @@ import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.modeling import PanopticFPN, SemanticSegmentor
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..categories import forget_names, read_categories, resolve_categories
 from ..config import read_choice
 from ..errors import ConfigError, DataError
-from ..modeling.check_model import finds_oriented_boxes, num_classes_node
+from ..modeling.check_model import finds_oriented_boxes, is_architecture, num_classes_node
 from .check import (
     check_sizes,
     forget_images,
@@ -319,6 +320,13 @@ def _check_dataset(
     _check_images(name, content)
     raise_errors(check_sizes(cfg, content, trained, evaluated), json_file)
     if trained:
+        if is_architecture(cfg, PanopticFPN, SemanticSegmentor):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which trains on "
+                f"semantic labels, but dataset {name!r} of DATASETS.REGISTER_COCO has none; "
+                "register it with Detectron2's register_coco_panoptic_separated, or set another "
+                "architecture."
+            )
         if all(a.get("iscrowd", 0) for a in annotations):
             crowds = "; all have iscrowd 1" if annotations else ""
             raise DataError(f"{json_file} has no annotations to train on{crowds}.")

@@ -5,7 +5,7 @@ from .defaults import (
     setup_config,
 )
 from .launch import launch
-from .predictor import Predictor, load_run, run_folder
+from .predictor import Predictor, load_run, run_folder, use_run_weights
 from .trainer import Trainer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "read_config",
     "run_folder",
     "setup_config",
+    "use_run_weights",
 ]

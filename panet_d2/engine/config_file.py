@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Dict
 
 import yaml
@@ -31,6 +32,9 @@ def find_config_file(path: str) -> str:
             return get_config_file(name)
         except RuntimeError as e:
             raise ConfigError(f"{PREFIX}{name}: {e}") from None
+    if PathManager.isdir(path):
+        example = os.path.join(path, "config.yaml")
+        raise ConfigError(f"{path} is a folder; give a file, such as {example}.")
     if not PathManager.isfile(path):
         raise ConfigError(
             f"{path} does not exist; for a config of this package, write {PREFIX} before its name, "

@@ -55,15 +55,34 @@ def load_run(cfg: CfgNode, opts: Sequence[str] = (), config_file: str = "") -> n
     Raises:
         CheckpointError: see :func:`load_strict`.
     """
-    folder = run_folder(cfg, opts, config_file)
-    final = os.path.join(folder, "model_final.pth")
-    last = latest_checkpoint(folder) or (final if os.path.isfile(final) else None)
-    weights = last if last and "MODEL.WEIGHTS" not in opts else cfg.MODEL.WEIGHTS
+    weights = _weights(cfg, opts, run_folder(cfg, opts, config_file))
     model = build("the model", build_model, cfg).eval()
     in_checkpoint = load_strict(model, weights)
     print(f"weights: {weights}")
     warn_of_other_classes(cfg, in_checkpoint.get("categories"), weights)
     return model
+
+
+def _weights(cfg: CfgNode, opts: Sequence[str], folder: str) -> str:
+    final = os.path.join(folder, "model_final.pth")
+    last = latest_checkpoint(folder) or (final if os.path.isfile(final) else None)
+    return last if last and "MODEL.WEIGHTS" not in opts else cfg.MODEL.WEIGHTS
+
+
+def use_run_weights(cfg: CfgNode, opts: Sequence[str], config_file: str) -> str:
+    """
+    Set ``MODEL.WEIGHTS`` for predictions. The ``config.yaml`` of a run names the weights that the
+    training started from, so its last checkpoint replaces these, unless ``opts`` set the key.
+
+    Args:
+        cfg, opts, config_file: see :func:`run_folder`; ``cfg`` is changed in place.
+
+    Returns:
+        str: ``MODEL.WEIGHTS``.
+    """
+    if os.path.basename(config_file) == "config.yaml":
+        cfg.MODEL.WEIGHTS = _weights(cfg, opts, os.path.dirname(config_file))
+    return cfg.MODEL.WEIGHTS
 
 
 def warn_of_other_classes(cfg: CfgNode, in_checkpoint: Any, weights: str) -> None:

@@ -88,10 +88,22 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
     # Not smaller than the base's, because larger images cost nothing but time.
     wanted = max(needed, before)
     ratio = node.MAX_SIZE_TEST / node.MIN_SIZE_TEST if node.MIN_SIZE_TEST else 1
-    ratio = max(ratio, float(np.quantile(data.elongations, 0.95)))
     budget = hardware.megapixels(cfg) * 1e6
-    longest = min(ratio, float(data.elongations.max()))
-    fits = max(int(np.sqrt(budget / longest)) // _GRID * _GRID, _GRID)
+
+    def fitting(ratio: float) -> int:
+        """The shorter edge with which the images of this ratio have the budget."""
+        longest = min(ratio, float(data.elongations.max()))
+        return max(int(np.sqrt(budget / longest)) // _GRID * _GRID, _GRID)
+
+    def scale(ratio: float) -> float:
+        """The mean scale of the objects, up to a factor. Images above the ratio shrink."""
+        shrunk = np.minimum(1, ratio / data.elongations[data.images])
+        return np.log(min(wanted, fitting(ratio)) * shrunk).mean()
+
+    # A few panoramas would make the budget's images small.
+    ratios = {max(ratio, float(np.quantile(data.elongations, q))) for q in (0.5, 0.75, 0.95)}
+    ratio = max(sorted(ratios, reverse=True), key=scale)
+    longest, fits = min(ratio, float(data.elongations.max())), fitting(ratio)
     train = test = min(int(np.ceil(wanted / _GRID)) * _GRID, fits)
     choices: Choices = {}
     reason = ""
@@ -249,7 +261,10 @@ def plan_detections(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choi
         while batch * cfg.MODEL[node].POSITIVE_FRACTION < usual and batch < 1024:
             batch *= 2
         if batch != get(cfg, key):
+            room = int(batch * cfg.MODEL[node].POSITIVE_FRACTION)
             reason = f"the positive part has room for {usual} objects, enough for 3 of 4 images"
+            if room < usual:
+                reason = f"room for {room} objects; a quarter of the images have {usual} or more"
             choices[key] = Choice(batch, reason)
     return choices
 

@@ -143,6 +143,7 @@ def test_exported_model(tmp_path):
         lambda state: {"model": nn.Linear(1, 1), "ema": state},
         lambda state: {"model_state_dict": state, "epoch": 3},
         lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {"model": {f"_orig_mod.{name}": value for name, value in state.items()}},
     ],
 )
 def test_layouts(tmp_path, layout):

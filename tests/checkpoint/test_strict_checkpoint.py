@@ -122,12 +122,24 @@ def test_bare_and_wrapped_state_dicts(tmp_path):
         {"state_dict": state},
         {"model": None, "ema": state},
         {"model": {f"module.{k}": v for k, v in state.items()}},
+        {"model": {k.replace(".", "._orig_mod.", 1): v for k, v in state.items()}},
     ):
         torch.save(content, tmp_path / "model.pth")
         model = Model()
         StrictCheckpointer(model).load(str(tmp_path / "model.pth"))
         for name, value in model.state_dict().items():
             assert torch.equal(value, state[name].to(value.dtype)), name
+
+
+def test_compiled_model(tmp_path):
+    """As docs/export.md compiles the backbone, before or after loading."""
+    source, model = Model(), Model()
+    torch.save({"model": source.state_dict()}, tmp_path / "model.pth")
+    model.body = torch.compile(model.body)
+    assert any("_orig_mod" in name for name in model.state_dict())
+    StrictCheckpointer(model).load(str(tmp_path / "model.pth"))
+    for ours, theirs in zip(model.state_dict().values(), source.state_dict().values()):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_whole_module(tmp_path):

@@ -71,6 +71,15 @@ def test_crowds_may_have_them(records, message):
     check_records(config(), ["own"], records)
 
 
+def test_semantic_labels(records):
+    opts = ("MODEL.META_ARCHITECTURE", "PanopticFPN")
+    with pytest.raises(DataError, match="001.png has no 'sem_seg_file_name'"):
+        check_records(config(*opts), ["own"], records)
+    check_records(config(*opts), ["own"], records, evaluated=True)
+    labelled = [{**record, "sem_seg_file_name": "labels.png"} for record in records]
+    check_records(config(*opts), ["own"], labelled)
+
+
 @pytest.mark.parametrize("key", ["annotations", "file_name"])
 def test_missing_keys(records, key):
     del records[1][key]

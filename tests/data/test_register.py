@@ -303,6 +303,13 @@ def test_files_of_detectron2s_datasets(split, monkeypatch):
     assert [os.path.basename(p) for p in paths] == ["instances_val2017.json", "val2017"]
 
 
+def test_a_coco_file_has_no_semantic_labels(data):
+    opts = ("MODEL.META_ARCHITECTURE", "PanopticFPN")
+    with pytest.raises(ConfigError, match="'PanopticFPN', which trains on semantic labels, but"):
+        setup_datasets(config(*opts))
+    setup_datasets(config(*opts, "DATASETS.TRAIN", []))
+
+
 def test_files_of_registered_datasets(data, tmp_path):
     """Image folders may be "", and datasets of a user's own function may have any path."""
     setup_datasets(config())

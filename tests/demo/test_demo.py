@@ -412,6 +412,36 @@ def test_json_does_not_overwrite_the_config(model, images, capfd):
     assert Path(model[1]).read_bytes() == before
 
 
+def test_json_does_not_overwrite_the_weights(model, images, tmp_path, capfd):
+    weights = tmp_path / "weights.json"
+    weights.write_bytes((Path(model[1]).parent / "model.pth").read_bytes())
+    argv = [*model, "--input", str(images), "--json", str(weights), "--opts"]
+    assert cli.run(demo.main, [*argv, "MODEL.WEIGHTS", str(weights)]) == 1
+    _assert_error(capfd, weights, "will not be overwritten")
+
+
+def test_weights_of_a_run_are_its_last(model, images, tmp_path, capfd):
+    """Not those that its training started from, unless these are asked for."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(Path(model[1]).read_text())
+    started = Path(model[1]).parent / "model.pth"
+    cfg = _config(run)
+    torch.manual_seed(9)
+    torch.save({"model": build_model(cfg).state_dict()}, run / "model_final.pth")
+    argv = ["--config-file", str(run / "config.yaml"), "--input", str(images)]
+    argv += ["--json", str(tmp_path / "r.json"), "--confidence-threshold", "0.01"]
+
+    def results(*opts):
+        assert cli.run(demo.main, [*argv, *opts]) == 0
+        return json.loads((tmp_path / "r.json").read_text())
+
+    found = results()
+    assert f"weights: {run / 'model_final.pth'}" in capfd.readouterr().err
+    assert found == results("--opts", "MODEL.WEIGHTS", str(run / "model_final.pth"))
+    assert found != results("--opts", "MODEL.WEIGHTS", str(started))
+
+
 def test_outputs_that_cannot_be(model, images, tmp_path, capfd):
     argv = [*model, "--input", str(images), "--output"]
     assert cli.run(demo.main, [*argv, str(tmp_path / "out.png")]) == 1
@@ -507,6 +537,29 @@ def test_video_to_mp4_and_folder(model, video, tmp_path, capfd):
     assert len(_read_video(tmp_path / "out.mp4")[0]) == 3
     assert cli.run(demo.main, [*argv, str(tmp_path / "out")]) == 0
     assert os.listdir(tmp_path / "out") == ["clip.avi"]
+
+
+def test_video_that_ends_early(model, video, tmp_path, monkeypatch, capfd):
+    argv = [*model, "--video-input", str(video), "--json", str(tmp_path / "r.json")]
+    assert cli.run(demo.main, argv) == 0
+    assert "ends after" not in capfd.readouterr().err
+    real = cv2.VideoCapture.get
+
+    class Longer:
+        def __init__(self, path):
+            self.capture = real_capture(path)
+
+        def get(self, key):
+            value = real(self.capture, key)
+            return 2 * value if key == cv2.CAP_PROP_FRAME_COUNT else value
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+    real_capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Longer)
+    assert cli.run(demo.main, argv) == 0
+    assert f"{video} ends after 3 of about 6 frames" in capfd.readouterr().err
 
 
 def test_videos_that_cannot_be(model, video, tmp_path, capfd, monkeypatch):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from panet_d2.engine import read_config
@@ -29,6 +31,12 @@ def test_base_may_be_a_config_of_this_package(write, base):
 def test_config_file_may_be_one_too():
     assert read_config(f"panet_d2://{NAME}") == read_config(get_config_file(NAME))
     assert find_config_file(f"panet_d2://{NAME}") == get_config_file(NAME)
+
+
+def test_folder_of_a_run(tmp_path):
+    message = f"{tmp_path} is a folder; give a file, such as {tmp_path / 'config.yaml'}."
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_config(str(tmp_path))
 
 
 def test_base_beside_the_file(write):

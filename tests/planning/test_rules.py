@@ -63,6 +63,24 @@ def test_scale_within_the_budget():
     assert "INPUT.CROP.ENABLED" not in planned  # the image itself is not larger than the budget
 
 
+def test_a_few_panoramas_shrink_alone():
+    """
+    Of 20 images of 1000 x 1000, two are 300 x 3000. For a longer edge of 10 times the shorter one,
+    0.4 megapixels are 192 x 1920, and the other images would be of 192 x 192.
+    """
+    cfg = sized(800, "INPUT.MIN_SIZE_TRAIN", [800])
+    objects = [(0, 0, 40, 40)] * 9 + [(0, 0, 90, 90)]
+    images = [(1000, 1000, objects)] * 18 + [(300, 3000, objects)] * 2
+    planned = values(plan_scale(measure(content(images)), cfg, Hardware(max_megapixels=0.4)))
+    assert planned["INPUT.MIN_SIZE_TRAIN"] == [416]  # with the base's ratio of 2
+    assert planned["INPUT.MAX_SIZE_TRAIN"] == 2 * 416
+    # Where all are long, all have room.
+    images = [(300, 3000, objects)] * 20
+    planned = values(plan_scale(measure(content(images)), cfg, Hardware(max_megapixels=0.4)))
+    assert planned["INPUT.MIN_SIZE_TRAIN"] == [192]
+    assert planned["INPUT.MAX_SIZE_TRAIN"] == 1920
+
+
 def test_crops_of_images_above_the_budget():
     """
     Images of 1 megapixel, a budget of 0.25: 480 of the 768 that small objects need. Crops of 0.62

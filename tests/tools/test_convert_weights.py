@@ -41,6 +41,16 @@ def test_account_and_weights(donor, calibrate, capsys):
     assert torch.equal(layers[0], layers[1]) != calibrate
 
 
+@pytest.mark.parametrize("kept", ["donor.pth", "panet.yaml"])
+def test_inputs_are_not_overwritten(donor, kept, capsys):
+    before = (donor / kept).read_bytes()
+    files = [str(donor / "donor.pth"), str(donor / kept)]
+    command = ["mask-rcnn", *files, "--config-file", str(donor / "panet.yaml")]
+    assert cli.run(tool.main, command) == 1
+    assert f"{donor / kept} is a folder or an input" in capsys.readouterr().err
+    assert (donor / kept).read_bytes() == before
+
+
 def test_calibration_needs_training_data(donor, capsys):
     assert convert(donor, "--calibrate", "2", "--opts", "DATASETS.TRAIN", "[]") == 1
     assert "DATASETS.TRAIN" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from panet_d2 import cli
@@ -89,9 +91,50 @@ def test_boxes_of_another_run(tmp_path, capsys):
     smaller = write_run(tmp_path / "c", "INPUT.MIN_SIZE_TEST", 50)
     assert cli.run(diagnose.main, ["--config-file", config, "--boxes-of", smaller]) == 1
     assert re.search(r"INPUT.MIN_SIZE_TEST is \d+, but 50 in ", capsys.readouterr().err)
+    (tmp_path / "d").mkdir()
+    renamed = write_run(tmp_path / "d", "DATASETS.CATEGORIES", [[1, "x"], [2, "y"], [3, "z"]])
+    ours = ("DATASETS.CATEGORIES", [[i + 1, f"class{i}"] for i in range(3)])
+    (tmp_path / "e").mkdir()
+    command = ["--config-file", write_run(tmp_path / "e", *ours), "--boxes-of", renamed]
+    assert cli.run(diagnose.main, command) == 1
+    assert "DATASETS.CATEGORIES is [[1, 'class0'], " in capsys.readouterr().err
+    moved = tmp_path / "b/config.yaml"
+    text = Path(config).read_text()
+    moved.write_text(text.replace(str(tmp_path / "a/squares"), str(tmp_path / "b/squares")))
+    assert cli.run(diagnose.main, ["--config-file", config, "--boxes-of", str(moved)]) == 1
+    assert "DATASETS.REGISTER_COCO has ('diagnosed_a', " in capsys.readouterr().err
     without = write_run(tmp_path, "MODEL.MASK_ON", False)
     assert cli.run(diagnose.main, ["--config-file", without, "--boxes-of", other]) == 1
     assert "no masks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("annotations", [None, [], "crowds"])
+def test_no_objects(tmp_path, annotations, capsys):
+    config = write_run(tmp_path)
+    file = tmp_path / "squares/instances.json"
+    content = json.loads(file.read_text())
+    objects = content.pop("annotations")
+    if annotations is not None:
+        content["annotations"] = [{**a, "iscrowd": 1} for a in objects if annotations]
+    file.write_text(json.dumps(content))
+    assert cli.run(diagnose.main, ["--config-file", config]) == 1
+    assert f"error: dataset diagnosed_{tmp_path.name} has no objects." in capsys.readouterr().err
+
+
+def test_data_of_lvis(tmp_path, capsys):
+    MetadataCatalog.get("diagnosed_lvis").set(evaluator_type="lvis", json_file="lvis.json")
+    DatasetCatalog.register("diagnosed_lvis", [].copy)
+    opts = ("DATASETS.TEST", "('diagnosed_lvis',)")
+    assert cli.run(diagnose.main, ["--config-file", write_run(tmp_path), *opts]) == 1
+    message = "dataset 'diagnosed_lvis' has no annotation file in COCO format"
+    assert message in capsys.readouterr().err
+
+
+def test_output_is_no_input(tmp_path, capsys):
+    config = write_run(tmp_path)
+    for output in (config, str(tmp_path)):
+        assert cli.run(diagnose.main, ["--config-file", config, "--output", output]) == 1
+        assert f"{output} is a folder or an input" in capsys.readouterr().err
 
 
 def test_no_dataset(tmp_path, capsys):

@@ -49,6 +49,13 @@ def test_both_formats(run, capsys):
     assert str(run / "out/model.onnx") in printed
 
 
+def test_weights_of_a_run_are_its_last(run, capsys):
+    """Not those that its training started from."""
+    (run / "model.pth").rename(run / "model_final.pth")
+    assert export(run, "--format", "torchscript") == 0
+    assert f"weights: {run / 'model_final.pth'}" in capsys.readouterr().out
+
+
 def test_one_channel(run, capsys):
     """Its images are gray, those of the check as well."""
     opts = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0], "MODEL.PIXEL_STD", [60.0]]

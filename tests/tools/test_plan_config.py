@@ -38,11 +38,11 @@ def test_writes_a_config_for_any_folder(tmp_path, args, capsys, monkeypatch):
     cfg = setup_config(str(tmp_path / output))
     assert (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) == ("mine_train", "mine_val")
     assert cfg.MODEL.WEIGHTS == "w.pth" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
-    content = json.loads((tmp_path / "out/mine.json").read_text())
+    content = json.loads((tmp_path / "out/mine_plan.json").read_text())
     assert content["fingerprint"]["train"]["objects"] == 12
     assert content["plan"]["DATASETS.TRAIN"]["value"] == ["mine_train"]
     assert set(content["objects that some anchor overlaps"]["val"]) == {"base", "plan"}
-    assert (tmp_path / "out/mine.png").stat().st_size > 1000
+    assert (tmp_path / "out/mine_plan.png").stat().st_size > 1000
 
 
 def test_base_of_this_package(tmp_path, args):
@@ -79,9 +79,43 @@ def test_copies_in_the_validation_data(args, capsys):
     ],
 )
 def test_what_cannot_be_used(args, change, message, capsys):
+    args = args[3:] if "--train" in change else args
     status = cli.run(plan_config.main, [*args, *change, "--dry-run"])
     assert status == (1 if message else 0)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [0, 3])
+def test_one_dataset_each(args, option, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.run(plan_config.main, [*args, *args[option : option + 3], "--dry-run"])
+    assert e.value.code == 2 and f"{args[option]} takes one dataset" in capsys.readouterr().err
+
+
+def test_inputs_are_not_overwritten(tmp_path, args, capsys):
+    """The measurements have a name that an annotation file can have, if not easily."""
+    folder = Path(args[1]).parent
+    for name, output in (("a_plan.json", "a.yaml"), ("b.yaml", "b.yaml")):
+        file = folder / name
+        file.write_text(Path(args[1]).read_text())
+        command = ["--train", str(file), args[2], *args[6:], "--output", str(folder / output)]
+        assert cli.run(plan_config.main, command) == 1
+        assert f"{file} is a folder or an input" in capsys.readouterr().err
+        assert file.read_text() == Path(args[1]).read_text()
+    output = str(folder / "instances.yaml")  # beside instances.json
+    before = Path(args[1]).read_text()
+    assert cli.run(plan_config.main, [*args, "--output", output]) == 0
+    assert Path(args[1]).read_text() == before
+
+
+def test_base_that_was_trained_for_other_classes(tmp_path, args):
+    base = tmp_path / "base.yaml"
+    cfg = tiny_cfg("DATASETS.CATEGORIES", [[7, "seven"]])
+    base.write_text(cfg.dump())
+    output = str(tmp_path / "mine.yaml")
+    assert cli.run(plan_config.main, [*args, "--output", output]) == 0
+    categories = setup_config(output).DATASETS.CATEGORIES
+    assert [name for _, name in categories] == ["class0", "class1", "class2"]
 
 
 @pytest.mark.parametrize("change", [(), ("--output", "a.json"), ("--dry-run", "--num-gpus", "-1")])

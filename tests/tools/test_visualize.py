@@ -160,18 +160,72 @@ def test_curves_of_runs_with_the_same_name(trained, tmp_path, monkeypatch):
 
 
 def test_results_of_the_dataset_among_several(run, capsys):
-    """The evaluation of two datasets; the results looked at are those of the first."""
+    """The evaluation of two datasets; the results looked at are those of the first, or chosen."""
     cfg = read_config(str(run / "config.yaml"))
     _, json_file, root = cfg.DATASETS.REGISTER_COCO[0]
-    opts = [
-        *("DATASETS.REGISTER_COCO", str([[n, json_file, root] for n in ("one", "other")])),
-        *("DATASETS.TEST", "('one', 'other')"),
-    ]
-    (run / "inference/one").mkdir()
+    cfg.DATASETS.REGISTER_COCO = [[n, json_file, root] for n in ("one", "other")]
+    cfg.DATASETS.TEST = ["one", "other"]
+    (run / "config.yaml").write_text(cfg.dump())
+    (run / "inference/other").mkdir()
     name = "coco_instances_results.json"
-    (run / "inference" / name).rename(run / "inference/one" / name)
-    assert predictions(run, *opts) == 0
+    (run / "inference" / name).rename(run / "inference/other" / name)
+    assert predictions(run, "DATASETS.TEST", "('other',)") == 0
     assert "mask AP 72.3" in capsys.readouterr().out
+    assert predictions(run) == 1
+    assert f"inference/one/{name} does not exist" in capsys.readouterr().err
+    (run / "inference/other").rename(run / "inference/one")
+    assert predictions(run) == 0
+    assert "mask AP 72.3" in capsys.readouterr().out
+
+
+def test_results_of_another_dataset(run, capsys):
+    """Whose images have the same ids."""
+    cfg = read_config(str(run / "config.yaml"))
+    _, json_file, root = cfg.DATASETS.REGISTER_COCO[0]
+    other = ("DATASETS.REGISTER_COCO", str([["other", json_file, root]]))
+    other += ("DATASETS.TEST", "('other',)")
+    assert predictions(run, *other) == 1
+    assert "was evaluated on pictured_squares, not on other;" in capsys.readouterr().err
+    results = str(run / "inference/coco_instances_results.json")
+    assert predictions(run, "--results", results, *other) == 0
+
+
+def test_boxes_alone_have_no_mask_ap(run, capsys):
+    """pycocotools makes a mask of each box."""
+    file = run / "inference/coco_instances_results.json"
+    results = json.loads(file.read_text())
+    for result in results:
+        del result["segmentation"]
+    file.write_text(json.dumps(results))
+    assert predictions(run) == 0
+    out = capsys.readouterr().out
+    assert "box AP 72.3" in out and "mask AP" not in out
+
+
+NO_RESULTS = {
+    "other JSON": '{"images": []}',
+    "annotations": '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]',
+    "cut": '[{"image_id": 1, "cat',
+    "lines": '{"total_loss": 1.0}\n{"total_loss": 0.9}',
+    "numbers": "[1, 2]",
+    "not text": "\udcff",
+}
+
+
+@pytest.mark.parametrize("kind", NO_RESULTS)
+def test_files_that_are_no_results(run, kind, capsys):
+    file = run / "other.json"
+    file.write_bytes(NO_RESULTS[kind].encode(errors="surrogateescape"))
+    assert predictions(run, "--results", str(file)) == 1
+    assert f"error: {file} is not a file of COCO results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--number", "--images"])
+def test_numbers_from_one_on(trained, option, capsys):
+    with pytest.raises(SystemExit) as e:
+        command = ["masks", "--config-file", str(trained / "config.yaml"), "--output", "x"]
+        cli.run(visualize.main, [*command, option, "0"])
+    assert e.value.code == 2 and f"{option}: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_curves(trained, tmp_path):
