@@ -32,6 +32,8 @@ Choices = Dict[str, Choice]
 SMALL_SIDE = 24  # pixels to which small objects are enlarged: six cells of FPN's stride 4
 SMALL = 0.1  # quantile: nine of ten objects are at least as large
 _MOST_ENLARGED = 4  # beyond this, enlarging adds pixels but no information
+# A smaller ratio of the edges must make objects larger by this factor.
+_MUCH_LARGER = 1.1
 _LARGER_AT_TEST = 2  # inference keeps no activations for gradients
 _WORTH_CROPPING = 4 / 3  # test size over training size
 _AUGMENTED = (0.75, 1, 1.5)  # test sizes of test-time augmentation over the test size
@@ -100,9 +102,10 @@ def plan_scale(data: Fingerprint, cfg: CfgNode, hardware: Hardware) -> Choices:
         shrunk = np.minimum(1, ratio / data.elongations[data.images])
         return np.log(min(wanted, fitting(ratio)) * shrunk).mean()
 
-    # A few panoramas would make the budget's images small.
-    ratios = {max(ratio, float(np.quantile(data.elongations, q))) for q in (0.5, 0.75, 0.95)}
-    ratio = max(sorted(ratios, reverse=True), key=scale)
+    # A few panoramas would make all images small, so they shrink alone if that gains much.
+    *others, most = (max(ratio, float(np.quantile(data.elongations, q))) for q in (0.5, 0.75, 0.95))
+    best = max(others, key=scale)
+    ratio = best if scale(best) > scale(most) + np.log(_MUCH_LARGER) else most
     longest, fits = min(ratio, float(data.elongations.max())), fitting(ratio)
     train = test = min(int(np.ceil(wanted / _GRID)) * _GRID, fits)
     choices: Choices = {}
