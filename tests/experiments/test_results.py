@@ -153,7 +153,12 @@ def test_planned_configs_in_the_docs():
 
 # Models by the name of their rung.
 FOLDS = {"baseline": "Mask R-CNN", "ideas": "PANet-2fc"}
-OF_STONES = {"baseline": "Mask R-CNN", "bpa_afp": "BPA and AFP", "ideas": "PANet-2fc"}
+OF_STONES = {
+    "baseline": "Mask R-CNN",
+    "only_bpa": "BPA",
+    "bpa_afp": "BPA and AFP",
+    "ideas": "PANet-2fc",
+}
 
 
 def test_table_of_the_folds_is_that_of_the_runs():
@@ -363,9 +368,8 @@ def test_sentences_about_the_stones():
     """The ranges and differences outside the tables."""
     folder = RESULTS / "granular"
     gains = gains_of_the_stones()
-    seed3, fusion = (
-        json.loads((folder / f"seed3_{name}.json").read_text()) for name in ("comparison", "fusion")
-    )
+    names = ("comparison", "afp", "fusion")
+    seed3, afp, fusion = (json.loads((folder / f"seed3_{name}.json").read_text()) for name in names)
     models = seed3["models"]
     sizes = {
         s: models["ideas"][f"AP {s}"] - models["baseline"][f"AP {s}"]
@@ -378,13 +382,15 @@ def test_sentences_about_the_stones():
     assert f"median side of their image gain {sizes['smaller']:.1f}" in page
     assert f"more than twice the median side gain {sizes['larger']:.1f}" in page
     assert f"those between gain {sizes['similar']:.1f} (seed 3)" in page
-    gained, added = (
+    bpa = "{mean:.1f} [{low:.1f}, {high:+.1f}]".format(**seed3["differences"]["only_bpa"])
+    more, most = (
         "{mean:.1f} [{low:.1f}, {high:.1f}]".format(**difference)
-        for difference in (seed3["differences"]["bpa_afp"], fusion["differences"]["ideas"])
+        for difference in (afp["differences"]["bpa_afp"], fusion["differences"]["ideas"])
     )
-    assert f"BPA and AFP gain {gained} mask AP, FF adds {added} (seed 3)" in page
+    alone = f"With seed 3, BPA alone changes mask AP by {bpa}, AFP then adds {more}"
+    assert f"{alone}, and FF {most}." in page
     readme = prose("experiments/results/granular/README.md")
-    assert f"BPA and AFP gain {gained} mask AP over Mask R-CNN, and FF adds {added}" in readme
+    assert f"{alone} (`seed3_afp.json`), and FF {most} (`seed3_fusion.json`)." in readme
     assert "gains {mean:.1f} [{low:+.1f}, {high:+.1f}] over".format(**tried) in prose(
         "experiments/results/granular/README.md"
     )
