@@ -173,7 +173,7 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     (results / "models.json").write_text(json.dumps({"baseline": sizes, "+mst": sizes}))
     built = []
     monkeypatch.setattr(tool, "build_model", lambda cfg: built.append(cfg) or build_model(cfg))
-    monkeypatch.setattr(tool, "images", lambda n, *_, classes: images(n, 128, 128, classes=classes))
+    monkeypatch.setattr(tool, "images", lambda n, *_, classes: images(n, 64, 64, classes=classes))
     document.write_text("<!-- table dsb2018 -->\n<!-- end -->\n")
     command = ["--time", "1", "--rungs", "baseline", "--results", str(results)]
     assert cli.run(tool.main, [*command, "--document", str(document)]) == 0
