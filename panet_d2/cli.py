@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -23,6 +24,7 @@ _MISSING = {
 }
 
 # In torch's messages.
+_NO_SHARED_MEMORY = "unable to write to file </torch"
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED")
 
 
@@ -69,16 +71,17 @@ def _sentence(error: Exception) -> str:
     text = str(error)
     if isinstance(error, ModuleNotFoundError):
         return _MISSING.get(error.name or "", "")
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    is_runtime = isinstance(error, RuntimeError)  # torch has a type of error for CUDA only
+    if is_runtime and (text.startswith("DataLoader worker") or _NO_SHARED_MEMORY in text):
+        stopped = text.partition(".")[0] if text.startswith("DataLoader worker") else ""
+        what = stopped or "DataLoader worker failed"
         return (
-            f"{text.partition('.')[0]}, probably for lack of memory: lower DATALOADER.NUM_WORKERS, "
-            "or give a container more shared memory (docker run --shm-size=8g)."
+            f"{what}, probably for lack of memory: lower DATALOADER.NUM_WORKERS, or give a "
+            "container more shared memory (docker run --shm-size=8g)."
         )
-    out_of_memory = isinstance(error, MemoryError) or (
-        # torch has a type of error for CUDA only.
-        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
-    )
-    if not out_of_memory:
+    known = is_runtime and any(words in text for words in _OUT_OF_MEMORY)
+    no_fork = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (known or no_fork or isinstance(error, MemoryError)):
         return ""
     reason = text.strip().split("\n")[0].partition(". GPU ")[0][:200]
     return (

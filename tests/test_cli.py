@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -98,6 +99,7 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: out of memory\nCompile with …"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
 ]
 
@@ -123,6 +125,14 @@ class Killed(Dataset):
 
     def __getitem__(self, index):
         os.kill(os.getpid(), signal.SIGKILL)  # as Linux does when memory ends
+
+
+def test_no_shared_memory(capsys):
+    text = "unable to write to file </torch_12_3_0>: No space left on device (28)"
+    error = RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n… {text}")
+    assert cli.run(raising(error)) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: DataLoader worker failed") and "--shm-size" in message
 
 
 def test_killed_worker(capsys):

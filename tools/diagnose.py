@@ -24,6 +24,7 @@ from panet_d2.analysis import (
     evaluate_true_boxes,
     ground_truth,
 )
+from panet_d2.categories import read_categories
 from panet_d2.checkpoint import write_json
 from panet_d2.data import NamedImageMapper, first_test_set, spread_evenly
 from panet_d2.data.register import coco_entries
@@ -113,11 +114,12 @@ def _check_same_data(config_file: str, other: str, name: str) -> None:
                 f"INPUT.{key} is {ours.INPUT[key]!r}, but {theirs.INPUT[key]!r} in {other}; "
                 "--boxes-of needs runs that read the images in the same way."
             )
-    classes = [[list(c) for c in cfg.DATASETS.CATEGORIES] for cfg in (ours, theirs)]
-    if all(classes) and classes[0] != classes[1]:
+    classes = [[name for _, name in read_categories(cfg)] for cfg in (ours, theirs)]
+    # A single class cannot be mistaken for another.
+    if all(classes) and max(map(len, classes)) > 1 and classes[0] != classes[1]:
         raise ConfigError(
-            f"DATASETS.CATEGORIES is {classes[0]}, but {classes[1]} in {other}; --boxes-of needs "
-            "runs with the same classes."
+            f"DATASETS.CATEGORIES names {', '.join(classes[0])}, but {', '.join(classes[1])} in "
+            f"{other}; --boxes-of needs runs with the same classes."
         )
     files = [[e for e in coco_entries(cfg) if e[0] == name] for cfg in (ours, theirs)]
     if all(files) and files[0] != files[1]:

@@ -57,8 +57,9 @@ def results_of(folder: str, cfg: CfgNode, name: str) -> str:
         evaluated = read_config(os.path.join(folder, "config.yaml"))
     if name not in evaluated.DATASETS.TEST:
         raise DataError(
-            f"{folder} was evaluated on {', '.join(evaluated.DATASETS.TEST)}, not on {name}; run "
-            "train_net.py --eval-only with this dataset, or give its results with --results."
+            f"{folder} was evaluated on {', '.join(evaluated.DATASETS.TEST) or 'no dataset'}, not "
+            f"on {name}; run train_net.py --eval-only with this dataset, or give its results with "
+            "--results."
         )
     return os.path.join(
         inference_folder(evaluated, name, os.path.join(folder, "inference")), RESULTS

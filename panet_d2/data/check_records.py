@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from ..modeling.check_model import is_architecture, num_classes_node
 
-_MODES = set(BoxMode)
+_MODES = tuple(BoxMode)
 
 
 def check_records(

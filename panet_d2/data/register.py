@@ -514,13 +514,13 @@ def _known_classes(names: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
 
 
 def _compare_classes(
-    classes: Dict[str, Tuple[str, ...]], key: str, number: int, other: str = ""
+    classes: Dict[str, Tuple[str, ...]], key: str, number: int, alternative: str = ""
 ) -> None:
     for name, known in classes.items():
         if number != len(known):
             raise ConfigError(
                 f"{key} is {number}, but dataset {name!r} has {len(known)} classes; {key} must be "
-                f"{len(known)}{other}."
+                f"{len(known)}{alternative}."
             )
     _check_class_names(classes)
 

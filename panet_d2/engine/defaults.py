@@ -50,7 +50,10 @@ def read_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     except (OSError, KeyError, TypeError, ValueError, AssertionError, YAMLError) as e:
         # fvcore and yacs raise all of these. Each message names the file or the key.
         what = " ".join([config_file, *opts]).strip()
-        raise ConfigError(f"{what}: {e.args[0] if isinstance(e, KeyError) else e}") from e
+        message = str(e.args[0] if isinstance(e, KeyError) else e)
+        if message.startswith("Non-existent config key"):
+            message += "; correct its spelling, or remove it"
+        raise ConfigError(f"{what}: {message}") from e
     check_values(cfg)
     return cfg
 

@@ -97,7 +97,10 @@ def test_boxes_of_another_run(tmp_path, capsys):
     (tmp_path / "e").mkdir()
     command = ["--config-file", write_run(tmp_path / "e", *ours), "--boxes-of", renamed]
     assert cli.run(diagnose.main, command) == 1
-    assert "DATASETS.CATEGORIES is [[1, 'class0'], " in capsys.readouterr().err
+    assert (
+        "DATASETS.CATEGORIES names class0, class1, class2, but x, y, z in "
+        in capsys.readouterr().err
+    )
     moved = tmp_path / "b/config.yaml"
     text = Path(config).read_text()
     moved.write_text(text.replace(str(tmp_path / "a/squares"), str(tmp_path / "b/squares")))
