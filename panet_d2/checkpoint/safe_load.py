@@ -193,6 +193,14 @@ def _is_tensor(value: Any) -> bool:
     return is_array or isinstance(value, torch.Tensor)
 
 
+def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return weights by the names in the model alone, as :func:`model_weights` describes."""
+    weights = {name.replace(COMPILED, ""): value for name, value in weights.items()}
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
+
+
 def model_weights(content: Mapping[str, Any], path: str) -> Dict[str, torch.Tensor]:
     """
     Take the weights from the content of a checkpoint with :func:`find_weights`.
@@ -201,13 +209,9 @@ def model_weights(content: Mapping[str, Any], path: str) -> Dict[str, torch.Tens
         dict[str, Tensor]: by name, without the "module." of DistributedDataParallel and the
         "_orig_mod." of torch.compile. Floating-point weights become float32.
     """
-    weights = find_weights(content, path)
-    weights = {name.replace(COMPILED, ""): value for name, value in weights.items()}
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
     result = {}
-    for name, value in weights.items():
+    for name, value in unwrapped(find_weights(content, path)).items():
         tensor = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        name = name[len(prefix) :]
         result[name] = tensor.float() if tensor.is_floating_point() else tensor
     return result
 

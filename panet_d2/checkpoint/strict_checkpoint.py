@@ -16,7 +16,7 @@ from .._detectron2 import LoadHooks, forget_address
 from ..errors import CheckpointError
 from ..modeling.roi_heads.other_layers import drop_other_layers
 from .atomic import AtomicPathManager
-from .safe_load import COMPILED, find_weights, first_line, load_untrusted
+from .safe_load import COMPILED, find_weights, first_line, load_untrusted, unwrapped
 
 logger = logging.getLogger("panet_d2")
 
@@ -102,13 +102,11 @@ class StrictCheckpointer(LoadHooks):
         return weights if weights is content else {**content, "model": weights}
 
     def load_weights(self, checkpoint: Dict[str, Any]) -> Any:
-        weights = checkpoint["model"]
-        if weights and all(name.startswith("module.") for name in weights):  # saved from DDP
-            weights = {name.removeprefix("module."): value for name, value in weights.items()}
         # torch.compile adds to the names of a module, before or after it was saved.
         ours = {name.replace(COMPILED, ""): name for name in self.model.state_dict()}
-        weights = {n.replace(COMPILED, ""): value for n, value in weights.items()}
-        weights = {ours.get(name, name): value for name, value in weights.items()}
+        weights = {
+            ours.get(name, name): value for name, value in unwrapped(checkpoint["model"]).items()
+        }
         checkpoint["model"] = weights
         self._check_pixels(weights)
         if self.required is not None:

@@ -70,13 +70,13 @@ def _encloses(outer: Corners, inner: Corners) -> bool:
 
 def _has_hole(polygons: List[np.ndarray], area: Any) -> bool:
     """Whether a polygon lies inside another and is not counted in the area as one more part."""
-    parts = sum(polygon_area(*p.T) for p in polygons)
-    if is_number(area) and abs(area - parts) <= 0.01 * parts:
-        return False
     low = np.array([p.min(axis=0) for p in polygons])
     high = np.array([p.max(axis=0) for p in polygons])
     enclosed = ((low[:, None] < low) & (high[:, None] > high)).all(axis=2)
     if not enclosed.any():
+        return False
+    parts = sum(polygon_area(*p.T) for p in polygons)
+    if is_number(area) and abs(area - parts) <= 0.01 * parts:
         return False
     from matplotlib.path import Path  # here, because few files need it and it takes long
 
